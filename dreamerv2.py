@@ -2,140 +2,140 @@
 
 This is DreamerV1 with categorical latents and straight-through gradients, KL balancing, REINFORCE
 for discrete actions, an entropy bonus, a slow critic, and a GRU with layer norm. Where the paper
-and the authors' released code disagree, the code made the published curves, so we follow it.
+and the authors' code disagree we follow the code, which made the published curves.
 
     python dreamerv2.py --env-id CartPole-v1                # learns in minutes on a laptop
     python dreamerv2.py --env-id PongNoFrameskip-v4         # the paper's agent
 
-A row of experience holds an observation and what came with it; the action is the one that led to it:
+A row of experience holds an observation, the action that led to it, and what came with it:
 
     row           0 (reset)  1          2 (done)   3 (reset)  4
     action        0          a1         a2         0          a4
     image         o0         o1         o2         o3         o4
     reward        0          r1         r2         0          r4
     is_first      1          0          0          1          0
-    is_terminal   0          0          1 or 0     0          0       0 if only time ran out
+    is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
-Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imagined states, A action,
-E embed, D deter, S x K stoch, F feat, C, H, W image, V vector. A scalar per step is (T, B).
+Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imagined states,
+A action, E embed, D deter, S x K stoch, F feat, C, H, W image, V vector. A scalar per step is (T, B).
 """
 
 import functools
 import math
-import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import common  # first of the imports that are not Python's own: it checks the version
+import common  # first, because it checks the version of Python
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the GPU
 
 
 @dataclass
 class Args:
     # --- run ---
-    env_id: str = "PongNoFrameskip-v4"  # any gymnasium id, or dm_control/walker-walk-v0; it chooses the preset
+    env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
     exp_name: str = Path(__file__).stem  # name in the run folder
-    seed: int = 1  # of the networks, the replay and the environments
+    seed: int = 1  # of networks, replay and environments
     total_frames: int = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
-    torch_deterministic: bool = False  # only deterministic kernels
-    threads: int = 0  # CPU threads of torch, 0 leaves its own choice
+    torch_deterministic: bool = False  # only kernels that give the same numbers each time
+    threads: int = 0  # CPU threads of torch, 0 is its own choice
     resume: str = ""  # run folder to go on with
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
     num_envs: int = 1  # environments that act at once
-    async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # pixels are rendered if need be
-    pixels: bool = False  # short for --observation pixels
-    grayscale: bool = True  # images of one channel
+    async_envs: bool = False  # each of them in a process of its own
+    observation: Literal["auto", "pixels", "vector", "both"] = (
+        "auto"  # auto: dm_control from pixels
+    )
+    pixels: bool = False  # short for --observation pixels; rendered if need be
+    grayscale: bool = True  # images of one channel, not three
     action_repeat: int = 4  # frames per agent step
-    time_limit: int = 108_000  # frames per episode, 0 leaves the environment's own limit
-    sticky_prob: float | None = None  # Atari: probability of a repeated action (paper 0.25); none: the id's own
+    time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
+    sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, as in the paper
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning
     replay_size: int = 2_000_000  # agent steps
-    favor_ends: bool = True  # draw episode ends more often
-    batch_size: int = 16  # B, sequences (published curves: 50)
-    batch_length: int = 50  # T, steps
+    favor_ends: bool = True  # draw the ends of episodes more often
+    batch_size: int = 16  # B, sequences (published curves 50)
+    batch_length: int = 50  # T, agent steps
     # --- world model ---
     deter: int = 600  # D, size of the GRU state
-    hidden: int = 600  # units between the RSSM's inputs and outputs
+    hidden: int = 600  # units between the inputs and outputs of the RSSM
     stoch: int = 32  # S, number of latent variables
     classes: int = 32  # K, classes of each; 0 makes them Gaussian
     cnn_depth: int = 48  # channels of the first convolution
     units: int = 400  # of every dense layer
-    layers: int = 4  # of every dense head
+    layers: int = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
-    norm: Literal["none", "layer"] = "none"  # normalization before it; the GRU always has its layer norm
+    norm: Literal["none", "layer"] = "none"  # before activations; the GRU always has its own
     reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
-    reward_head: Literal["normal", "twohot"] = "normal"  # squared error, or cross-entropy over bins
+    reward_head: Literal["normal", "twohot"] = "normal"  # squared error, or 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: float = 5.0  # weight of its loss
     kl_scale: float = 0.1  # beta of Eq. 2
     kl_balance: float = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
-    free_nats: float = 0.0  # KL below this is free
-    free_avg: bool = True  # compare the mean KL with it, not each step's
+    free_nats: float = 0.0  # KL that costs nothing
+    free_avg: bool = True  # so for the mean over the batch, not for each step
     # --- behavior ---
-    gamma: float = 0.999  # discount (paper 0.995)
+    gamma: float = 0.999  # discount per agent step (paper .995)
     discount_lambda: float = 0.95  # lambda of Eq. 4
     imag_horizon: int = 15  # imagined steps
-    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # auto: onehot or trunc_normal
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6; auto: dynamics if continuous
+    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
     actor_grad_mix: float = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
     actor_entropy: float = 1e-3  # eta of Eq. 6
     slow_update: int = 100  # updates between copies of the critic
     # --- optimizers ---
     train_every: int = 16  # agent steps per update (released code; the paper says 4)
-    pretrain: int = 1  # updates when learning begins
+    pretrain: int = 1  # updates before the schedule begins
     model_lr: float = 2e-4  # learning rate of the world model
     actor_lr: float = 4e-5  # of the actor
     critic_lr: float = 1e-4  # of the critic
     adam_eps: float = 1e-5  # epsilon of Adam
-    weight_decay: float = 1e-6  # taken off every weight at each step, whatever the learning rate
-    clip: float = 100.0  # global gradient norm, each optimizer its own
+    weight_decay: float = 1e-6  # share taken off every weight per update
+    clip: float = 100.0  # global norm of each optimizer's gradient
     # --- logging ---
     log_every: int = 10_000  # frames between rows of losses
-    eval_every: int = 100_000  # frames between evaluations, 0 for only the last one
-    eval_episodes: int = 1  # episodes of one evaluation
-    video_every: int = 1_000_000  # frames between open-loop videos
-    checkpoint_every: int = 500_000  # frames between checkpoints
-    capture_video: bool = False  # film an episode of each evaluation
-    track: bool = False  # log to Weights & Biases too
+    eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
+    eval_episodes: int = 1  # episodes of an evaluation
+    video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
+    checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
+    capture_video: bool = False  # film the first episode of each evaluation
+    track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "dreamer"  # its project
     wandb_entity: str | None = None  # its team
 
 
-DMC = dict(
-    total_frames=1_000_000, action_repeat=2, time_limit=1000, grayscale=False, prefill=1000, favor_ends=False,
-    deter=200, hidden=200, reward_transform="none", discount_head=False, kl_scale=1.0, free_nats=1.0,
-    gamma=0.99, actor_entropy=1e-4, train_every=5, pretrain=100, model_lr=3e-4, actor_lr=8e-5, critic_lr=8e-5,
-    log_every=1000, eval_every=10_000, video_every=50_000, checkpoint_every=50_000,
-)  # fmt: skip
-PRESETS = {
-    "atari": {},
-    "dmc_pixels": DMC,
-    "dmc_vector": DMC,
-    "other": dict(
-        total_frames=30_000, action_repeat=1, time_limit=0, grayscale=False, prefill=1000, favor_ends=False,
-        batch_size=16, batch_length=32, deter=128, hidden=128, stoch=8, classes=8, cnn_depth=16, units=128, layers=2,
-        reward_transform="none", kl_scale=0.1, gamma=0.99, imag_horizon=10,
-        train_every=4, pretrain=100, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, threads=1,
-        log_every=1000, eval_every=5000, eval_episodes=20, video_every=5000, checkpoint_every=10_000,
-    ),
+DMC = {
+    "total_frames": 1_000_000, "action_repeat": 2, "time_limit": 1000, "grayscale": False,
+    "prefill": 1000, "favor_ends": False, "deter": 200, "hidden": 200, "reward_transform": "none",
+    "discount_head": False, "kl_scale": 1.0, "free_nats": 1.0, "gamma": 0.99, "actor_entropy": 1e-4,
+    "train_every": 5, "pretrain": 100, "model_lr": 3e-4, "actor_lr": 8e-5, "critic_lr": 8e-5,
+    "log_every": 1000, "eval_every": 10_000, "video_every": 50_000, "checkpoint_every": 50_000,
 }  # fmt: skip
+SMALL = {
+    "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "grayscale": False, "threads": 1,
+    "prefill": 1000, "favor_ends": False, "batch_length": 32, "deter": 128, "hidden": 128, "stoch": 8,
+    "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2, "act": "silu", "norm": "layer",
+    "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
+    "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 3e-4,
+    "log_every": 1000, "eval_every": 5000, "eval_episodes": 20, "video_every": 5000,
+    "checkpoint_every": 10_000,
+}  # fmt: skip
+PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
 
-# Networks. Keras's defaults are part of the published agent: Glorot-uniform weights, zero biases, norms with eps 1e-3.
-
-ACTS = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}
-
-
+# Keras's defaults are part of the published agent: Glorot-uniform weights, zero biases, norms' eps.
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of (N, C, H, W), each pixel its own."""
 
@@ -149,20 +149,18 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def dense(inputs, outputs, args):
-    """A linear layer, its norm and its activation."""
-    norm = [nn.LayerNorm(outputs, eps=1e-3)] if args.norm == "layer" else []
-    return nn.Sequential(nn.Linear(inputs, outputs), *norm, ACTS[args.act]())
+def block(layer, args):
+    """A linear or convolutional layer, its norm and its activation."""
+    modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[args.act]()]
+    if args.norm == "layer":
+        kind = nn.LayerNorm if isinstance(layer, nn.Linear) else ChannelNorm
+        modules.insert(1, kind(len(layer.bias), eps=1e-3))
+    return nn.Sequential(*modules)
 
 
 def mlp(inputs, args):
-    return nn.Sequential(*(dense(args.units if i else inputs, args.units, args) for i in range(args.layers)))
-
-
-def conv(layer, args):
-    """A convolution, its norm and its activation."""
-    norm = [ChannelNorm(layer.out_channels, eps=1e-3)] if args.norm == "layer" else []
-    return nn.Sequential(layer, *norm, ACTS[args.act]())
+    sizes = [inputs] + [args.units] * args.layers
+    return nn.Sequential(*(block(nn.Linear(i, o), args) for i, o in pairwise(sizes)))
 
 
 def pixels(image):
@@ -178,9 +176,8 @@ class Encoder(nn.Module):
         self.image, self.vector = shapes.get("image"), shapes.get("vector")
         self.size, d = 0, args.cnn_depth
         if self.image:
-            channels = [self.image[0], d, 2 * d, 4 * d, 8 * d]  # 64 -> 31 -> 14 -> 6 -> 2
-            pairs = zip(channels[:-1], channels[1:], strict=True)
-            self.conv = nn.Sequential(*(conv(nn.Conv2d(i, o, 4, stride=2), args) for i, o in pairs))
+            sizes = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # 64 -> 31 -> 14 -> 6 -> 2
+            self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
             self.size += 32 * d
         if self.vector:
             self.mlp = mlp(self.vector[0], args)
@@ -197,7 +194,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Means of image and vector, both with unit variance: (..., F) -> dict of (..., C, 64, 64), (..., V)."""
+    """Means of unit Gaussians: (..., F) -> dict of image (..., C, 64, 64), vector (..., V)."""
 
     def __init__(self, feat_size, shapes, args):
         super().__init__()
@@ -205,10 +202,10 @@ class Decoder(nn.Module):
         if self.image:
             self.linear = nn.Linear(feat_size, 32 * d)
             self.conv = nn.Sequential(  # 1 -> 5 -> 13 -> 30 -> 64
-                conv(nn.ConvTranspose2d(32 * d, 4 * d, 5, stride=2), args),
-                conv(nn.ConvTranspose2d(4 * d, 2 * d, 5, stride=2), args),
-                conv(nn.ConvTranspose2d(2 * d, d, 6, stride=2), args),
-                nn.ConvTranspose2d(d, self.image[0], 6, stride=2),
+                block(nn.ConvTranspose2d(32 * d, 4 * d, 5, 2), args),
+                block(nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), args),
+                block(nn.ConvTranspose2d(2 * d, d, 6, 2), args),
+                nn.ConvTranspose2d(d, self.image[0], 6, 2),
             )
         if self.vector:
             self.mlp = nn.Sequential(mlp(feat_size, args), nn.Linear(args.units, self.vector[0]))
@@ -239,7 +236,7 @@ class Head(nn.Module):
 
 
 class TwoHotHead(Head):
-    """A scalar as the mean of 255 bins, spaced as in DreamerV3 and learned by two-hot cross-entropy."""
+    """The mean of 255 bins, spaced and learned as in DreamerV3."""
 
     def __init__(self, feat_size, args):
         super().__init__(feat_size, args)
@@ -253,18 +250,16 @@ class TwoHotHead(Head):
         return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
 
     def loss(self, feat, target):
-        target = target.clamp(self.bins[0], self.bins[-1])
-        above = torch.searchsorted(self.bins, target.contiguous()).clamp(1, 254)
+        """Cross-entropy with the target shared between its two neighbors: (...)."""
+        above = torch.searchsorted(self.bins, target).clamp(1, 254)
         low, high = self.bins[above - 1], self.bins[above]
-        share = ((target - low) / (high - low))[..., None]
+        share = ((target - low) / (high - low)).clamp(0, 1)
         logp = torch.log_softmax(self.out(self.mlp(feat)).float(), -1)
-        below, above = logp.gather(-1, above[..., None] - 1), logp.gather(-1, above[..., None])
-        return -((1 - share) * below + share * above).squeeze(-1)
+        near = torch.stack([above - 1, above], -1)
+        return -(logp.gather(-1, near) * torch.stack([1 - share, share], -1)).sum(-1)
 
 
-# Distributions, in float32 under any precision
-
-
+# Distributions are in float32 under any precision.
 class OneHot:
     """One-hot categoricals (..., K); samples carry the straight-through gradient of Alg. 1."""
 
@@ -273,9 +268,8 @@ class OneHot:
 
     def rsample(self):
         gumbel = -torch.empty_like(self.logp).exponential_().log()
-        sample = self.one_hot((self.logp + gumbel).argmax(-1))
         prob = self.logp.exp()
-        return sample + (prob - prob.detach())
+        return self.one_hot((self.logp + gumbel).argmax(-1)) + (prob - prob.detach())
 
     def one_hot(self, index):
         return F.one_hot(index, self.logp.shape[-1]).to(self.logp)
@@ -290,60 +284,38 @@ class OneHot:
     def entropy(self):
         return -(self.logp.exp() * self.logp).sum(-1)
 
-    def kl(self, other):
-        return (self.logp.exp() * (self.logp - other.logp)).sum(-1)
 
-
-class Normal:
-    """Independent Gaussians (...)."""
-
-    def __init__(self, mean, std):
-        self.mean, self.std = mean.float(), std.float()
-
-    def rsample(self):
-        return self.mean + self.std * torch.randn_like(self.mean)
-
-    def log_prob(self, x):
-        return -0.5 * ((x - self.mean) / self.std).square() - self.std.log() - 0.5 * math.log(2 * math.pi)
-
-    def entropy(self):
-        return self.std.log() + 0.5 * math.log(2 * math.pi * math.e)
-
-    def kl(self, other):
-        square = (self.std.square() + (self.mean - other.mean).square()) / (2 * other.std.square())
-        return (other.std / self.std).log() + square - 0.5
+@torch.distributions.register_kl(OneHot, OneHot)
+def kl_one_hot(p, q):
+    return (p.logp.exp() * (p.logp - q.logp)).sum(-1)
 
 
 class TruncNormal:
-    """Gaussians cut off outside [-1, 1], (..., A); densities and entropies are exact and joint over A."""
+    """Gaussians cut off outside [-1, 1], (..., A); torch has none with gradients and entropy."""
 
     def __init__(self, mean, std):
-        self.mean, self.std = mean.float(), std.float()
-        self.low, self.high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
-        self.cdf_low, self.cdf_high = torch.special.ndtr(self.low), torch.special.ndtr(self.high)
-        self.mass = self.cdf_high - self.cdf_low
+        self.normal, self.mode = Normal(mean, std), mean
+        self.low, self.high = (-1 - mean) / std, (1 - mean) / std
+        self.cdf_low = torch.special.ndtr(self.low)
+        self.mass = torch.special.ndtr(self.high) - self.cdf_low
 
     def rsample(self):
-        """Inverse of the distribution function; clipped with straight-through gradient."""
-        p = self.cdf_low + torch.rand_like(self.mean) * self.mass
-        x = self.mean + self.std * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
+        """Inverse of the distribution function, clipped with straight-through gradient."""
+        p = self.cdf_low + torch.rand_like(self.mode) * self.mass
+        x = self.mode + self.normal.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
         return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()
 
-    @property
-    def mode(self):
-        return self.mean
-
     def log_prob(self, x):
-        return (Normal(self.mean, self.std).log_prob(x) - self.mass.log()).sum(-1)
+        return (self.normal.log_prob(x) - self.mass.log()).sum(-1)
 
     def entropy(self):
-        pdf_low, pdf_high = (torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi) for x in (self.low, self.high))
-        cut = (self.low * pdf_low - self.high * pdf_high) / (2 * self.mass)
-        return (Normal(self.mean, self.std).entropy() + self.mass.log() + cut).sum(-1)
+        low, high = (x * torch.exp(-0.5 * x.square()) for x in (self.low, self.high))
+        cut = (low - high) / (2 * math.sqrt(2 * math.pi) * self.mass)
+        return (self.normal.entropy() + self.mass.log() + cut).sum(-1)
 
 
 class TanhNormal:
-    """tanh of Gaussians, (..., A); log_prob is joint over A, entropy and mode are found from 100 samples."""
+    """tanh of Gaussians, (..., A); its entropy and mode are found from 100 samples."""
 
     def __init__(self, mean, std):
         self.normal = Normal(mean, std)
@@ -358,19 +330,15 @@ class TanhNormal:
         slope = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
         return (self.normal.log_prob(x) - slope).sum(-1)
 
-    def samples(self):
-        """Before tanh: (100, ..., A)."""
-        return self.normal.mean + self.normal.std * torch.randn(100, *self.normal.mean.shape, device=self.normal.mean.device)
+    def entropy(self):
+        return -self.log_prob_before_tanh(self.normal.rsample((100,))).mean(0)
 
     @property
     def mode(self):
         """The most likely of 100 samples, each batch element its own."""
-        x = self.samples()
-        best = self.log_prob_before_tanh(x).argmax(0)
-        return torch.tanh(x.gather(0, best[None, ..., None].expand(1, *x.shape[1:])).squeeze(0))
-
-    def entropy(self):
-        return -self.log_prob_before_tanh(self.samples()).mean(0)
+        x = self.normal.rsample((100,))  # (100, ..., A)
+        best = self.log_prob_before_tanh(x).argmax(0)[None, ..., None].expand_as(x[:1])
+        return torch.tanh(x.gather(0, best)[0])
 
 
 class Actor(nn.Module):
@@ -402,15 +370,24 @@ class RSSM(nn.Module):
 
     def __init__(self, embed_size, action_dim, args):
         super().__init__()
-        self.deter, self.stoch, self.classes, self.action_dim = args.deter, args.stoch, args.classes, action_dim
+        self.deter, self.stoch, self.classes, self.action_dim = (
+            args.deter,
+            args.stoch,
+            args.classes,
+            action_dim,
+        )
         self.stoch_size = args.stoch * max(1, args.classes)
         self.feat_size = self.stoch_size + args.deter
         stats = args.stoch * (args.classes or 2)
-        self.img_in = dense(self.stoch_size + action_dim, args.hidden, args)
+        self.img_in = block(nn.Linear(self.stoch_size + action_dim, args.hidden), args)
         self.gru = nn.Linear(args.hidden + args.deter, 3 * args.deter)
         self.gru_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
-        self.img_out = nn.Sequential(dense(args.deter, args.hidden, args), nn.Linear(args.hidden, stats))
-        self.obs_out = nn.Sequential(dense(args.deter + embed_size, args.hidden, args), nn.Linear(args.hidden, stats))
+        self.img_out = self.two_layers(args.deter, stats, args)
+        self.obs_out = self.two_layers(args.deter + embed_size, stats, args)
+
+    def two_layers(self, inputs, outputs, args):
+        hidden = block(nn.Linear(inputs, args.hidden), args)
+        return nn.Sequential(hidden, nn.Linear(args.hidden, outputs))
 
     def initial(self, batch):
         """The zero state that every sequence starts from: deter (B, D), stoch (B, S * K)."""
@@ -421,7 +398,7 @@ class RSSM(nn.Module):
         return torch.cat([state["stoch"], state["deter"]], -1)  # (..., F)
 
     def stats(self, x):
-        """Statistics of stoch from a linear layer: (..., S * K) -> dict of (..., S, K), or two of (..., S)."""
+        """A linear layer's output as the statistics of stoch."""
         if self.classes:
             return {"logit": x.float().unflatten(-1, (self.stoch, self.classes))}
         mean, std = x.float().chunk(2, -1)
@@ -458,9 +435,9 @@ class RSSM(nn.Module):
         return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
 
     def observe(self, embed, action, is_first):
-        """Posterior states of sequences that start from zero: (T, B, E), (T, B, A), (T, B) -> post, prior.
+        """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...).
 
-        Only the recurrence is in the loop: the prior's statistics follow at once, and are never sampled.
+        Only the recurrence is in the loop; the prior's statistics follow, and are never sampled.
         """
         state, states = self.initial(embed.shape[1]), []
         for t in range(len(embed)):
@@ -483,7 +460,7 @@ class RSSM(nn.Module):
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
-        return self.dist(post).kl(self.dist(prior)).sum(-1)
+        return kl_divergence(self.dist(post), self.dist(prior)).sum(-1)
 
 
 def stack(states):
@@ -499,15 +476,17 @@ class WorldModel(nn.Module):
 
     def __init__(self, shapes, action_dim, args):
         super().__init__()
-        self.args, self.shapes = args, shapes
+        self.args = args
         self.encoder = Encoder(shapes, args)
         self.rssm = RSSM(self.encoder.size, action_dim, args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
-        self.reward = (TwoHotHead if args.reward_head == "twohot" else Head)(self.rssm.feat_size, args)
+        self.reward = (TwoHotHead if args.reward_head == "twohot" else Head)(
+            self.rssm.feat_size, args
+        )
         self.discount = Head(self.rssm.feat_size, args) if args.discount_head else None
 
     def loss(self, batch):
-        """Eq. 2: batch is a dict of (T, B, ...) -> loss (), post: dict of (T, B, ...), metrics: dict of ()."""
+        """Eq. 2: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
         args = self.args
         is_first = torch.cat([torch.ones_like(batch["is_first"][:1]), batch["is_first"][1:]])
         post, prior = self.rssm.observe(self.encoder(batch), batch["action"], is_first)
@@ -546,7 +525,10 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def open_loop(self, batch, context=5):
-        """Watches `context` steps, then dreams on with the recorded actions -> truth, model, error (T, B, C, 3H, W)."""
+        """Sees `context` steps, then dreams with the recorded actions -> (T, B, C, 3H, W).
+
+        Above one another: truth, model, error.
+        """
         first = {k: v[:context] for k, v in batch.items()}
         state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
         states = [{k: v[t] for k, v in state.items()} for t in range(context)]
@@ -571,7 +553,7 @@ def lambda_return(reward, value, disc, bootstrap, lambda_):
 def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, args):
     """Actor and critic losses on imagined rollouts (Eqs. 4-6); is_terminal is (T, B)."""
     start = {k: v.detach().flatten(0, 1) for k, v in post.items()}  # (N, ...)
-    with common.frozen(world_model, slow_critic), torch.set_grad_enabled(args.actor_grad != "reinforce"):
+    with common.frozen(world_model), torch.set_grad_enabled(args.actor_grad != "reinforce"):
         states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
         feat = world_model.rssm.feat(states)  # (I, N, F)
         reward, value = world_model.reward(feat), slow_critic(feat)  # (I, N)
@@ -611,172 +593,188 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
     return actor_loss, critic_loss, {k: v.detach() for k, v in metrics.items()}
 
 
-def make_agent(shapes, action_dim, args):
-    """world_model, actor, critic and slow_critic for observations of these shapes, with fresh weights."""
+def make_agent(shapes, args):
+    """world_model, actor, critic and slow_critic with fresh weights.
+
+    shapes: action (A,), image (C, 64, 64) and/or vector (V,)
+    """
+    action_dim = shapes["action"][0]
     world_model = WorldModel(shapes, action_dim, args)
     feat_size = world_model.rssm.feat_size
-    agent = nn.ModuleDict(dict(world_model=world_model, actor=Actor(feat_size, action_dim, args)))
+    agent = nn.ModuleDict({"world_model": world_model, "actor": Actor(feat_size, action_dim, args)})
     agent["critic"], agent["slow_critic"] = Head(feat_size, args), Head(feat_size, args)
     agent.apply(init_weights)
     if args.reward_head == "twohot":
-        nn.init.zeros_(world_model.reward.out.weight)  # its outer bins are huge, so it begins at exactly 0
+        nn.init.zeros_(world_model.reward.out.weight)  # the outer bins are huge: begin at 0
     agent["slow_critic"].requires_grad_(False)
     return agent
 
 
 def make_optimizers(agent, args):
-    """Adam for model, actor and critic; AdamW scales its decay with the learning rate, the paper does not."""
+    """One Adam each for world model, actor and critic."""
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
-    return {
-        k: torch.optim.AdamW(agent[k].parameters(), lr, eps=args.adam_eps, weight_decay=args.weight_decay / lr, fused=True)
-        for k, lr in rates.items()
-    }
+    adam = functools.partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
+    # AdamW multiplies its decay with the learning rate, the authors' does not.
+    decay = args.weight_decay
+    return {k: adam(agent[k].parameters(), lr, weight_decay=decay / lr) for k, lr in rates.items()}
 
 
 def update(agent, optimizers, batch, updates, args):
-    """One update of everything on a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
+    """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
     world_model, actor, critic, slow_critic = agent.values()
-    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+    device, bf16 = batch["reward"].device.type, args.precision == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         model_loss, post, metrics = world_model.loss(batch)
     metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
-    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-        # Behavior is learned in the model as it is after its step, from the states before it.
-        actor_loss, critic_loss, more = behavior_loss(
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):  # in the model after its step
+        actor_loss, critic_loss, imagined = behavior_loss(
             world_model, actor, critic, slow_critic, post, batch["is_terminal"], args
         )
     metrics["grad_norm/actor"] = common.opt_step(optimizers["actor"], actor_loss, args.clip)
     metrics["grad_norm/critic"] = common.opt_step(optimizers["critic"], critic_loss, args.clip)
     if updates % args.slow_update == 0:
         slow_critic.load_state_dict(critic.state_dict())
-    return metrics | more
+    return metrics | imagined
 
 
 @torch.no_grad()
 def policy(agent, row, state, sample=True):
-    """Acts on a row of N environments -> action (N, A), state; evaluation takes the mode of the action.
+    """Acts on a row, a dict of (N, ...), after a state or None -> action (N, A), state.
 
-    row: dict of (N, ...) arrays; its action is the one that led to its observation
+    Evaluation takes the mode of the action; the latent state is sampled all the same.
     """
     world_model, actor, *_ = agent.values()
     device = next(actor.parameters()).device
-    row = {k: torch.as_tensor(v).to(device) for k, v in row.items()}
+    row = {k: torch.as_tensor(v, device=device) for k, v in row.items()}
     state = state or world_model.rssm.initial(len(row["reward"]))
-    state = world_model.rssm.obs_step(state, row["action"], world_model.encoder(row), row["is_first"])
+    embed = world_model.encoder(row)
+    state = world_model.rssm.obs_step(state, row["action"], embed, row["is_first"])
     dist = actor(world_model.rssm.feat(state))
     return (dist.rsample() if sample else dist.mode).cpu().numpy(), state
 
 
 def main(args):
+    common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
+        batch_length deter hidden stoch cnn_depth units layers imag_horizon slow_update train_every
+        model_lr actor_lr critic_lr adam_eps clip eval_episodes""")  # fmt: skip
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
-    saved = common.load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
-    make_envs = functools.partial(
-        common.make_envs,
-        env_id=args.env_id,
-        observation="pixels" if args.pixels else args.observation,
-        grayscale=args.grayscale,
-        action_repeat=args.action_repeat,
-        time_limit=args.time_limit,
-        sticky_prob=args.sticky_prob,
-        full_action_space=args.full_action_space,
+    run = Path(args.resume or args.evaluate)
+    saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
+    options = ("env_id", "seed", "action_repeat", "grayscale", "sticky_prob", "full_action_space")
+    options = {k: getattr(args, k) for k in options}
+    options["observation"] = "pixels" if args.pixels else args.observation
+    options["time_limit"] = args.time_limit // args.action_repeat
+    # Evaluation has environments of its own, with seeds of their own.
+    eval_envs = common.make_envs(
+        min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
     )
-    eval_envs = make_envs(
-        min(args.eval_episodes, 10), seed=args.seed, first_index=10_000, render=args.capture_video
-    )
-    shapes = {k: space.shape for k, space in eval_envs.single_observation_space.items()}
-    action_dim, discrete = common.num_actions(eval_envs)
+    shapes = common.row_shapes(eval_envs)
+    discrete = common.is_discrete(eval_envs)
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "trunc_normal"
-    if (args.actor_dist == "onehot") != discrete:
-        raise common.UserError(f"--actor-dist {args.actor_dist} does not fit {eval_envs.single_action_space}")
     if args.actor_grad == "auto":
         args.actor_grad = "reinforce" if discrete else "dynamics"
-    agent = make_agent(shapes, action_dim, args).to(device)
+    if discrete != (args.actor_dist == "onehot"):
+        kind = "discrete" if discrete else "continuous"
+        raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
+    agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
     optimizers = make_optimizers(agent, args)
     if saved:
         agent.load_state_dict(saved["agent"])
 
-    def evaluate(frames, logger=None):
+    def evaluate():
         act = functools.partial(policy, agent, sample=False)
-        returns, lengths, film = common.evaluate(eval_envs, act, args.eval_episodes, args.capture_video)
-        if logger:
-            logger.log({"eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean()}, frames, updates)
-            if film:
-                logger.gif("eval/episode", np.stack(film), frames)
-        return returns
+        return common.evaluate(eval_envs, act, args.eval_episodes, args.capture_video)
 
     if args.evaluate:
-        returns = evaluate(0)
-        print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-        return
+        returns, film = evaluate()
+        print(
+            f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
+        )
+        return common.save_gif(run / "videos" / "evaluate.gif", film) if film else None
 
-    episodes = saved["episodes"] if saved else np.zeros(args.num_envs, np.int64)
-    envs = make_envs(args.num_envs, args.async_envs, seed=args.seed, episodes=episodes)
-    shapes = common.replay_shapes(envs)
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
     if args.batch_length > min(rows, args.prefill // args.num_envs):
-        raise common.UserError(f"--batch-length {args.batch_length} is longer than --prefill or --replay-size give each environment")
-    size = common.check_disk("runs", shapes, rows * args.num_envs)
-    run = Path(args.resume) if args.resume else common.new_run(asdict(args))
-    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, saved and saved["replay"])
-    step, updates, seconds = (saved[k] for k in ("step", "updates", "seconds")) if saved else (0, 0, 0.0)
+        raise common.UserError(f"--batch-length {args.batch_length} is more than --replay-size "
+                               "or --prefill give each environment")  # fmt: skip
+    gib = common.check_disk(shapes, rows * args.num_envs)
+    counters = saved.get("counters", {"step": 0, "updates": 0, "episodes": [0] * args.num_envs})
+    step, updates, episodes = counters.values()  # episodes begun in each environment
+    envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
+    run = run if saved else common.new_run(asdict(args))
+    replay = common.Replay(
+        run / "replay", rows, shapes, args.num_envs, args.seed, saved.get("replay")
+    )
     if saved:
-        for k, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][k])
-        torch.set_rng_state(saved["torch_rng"].cpu())
-    rng = np.random.default_rng(args.seed)
-    logger = common.Logger(run, asdict(args), args.total_frames, step * args.action_repeat, seconds, args.track)
-    sizes = {k: common.count(sum(p.numel() for p in m.parameters())) for k, m in agent.items()}
-    print(f"{args.env_id} with preset {common.preset_name(args.env_id, args.observation)}, run folder {run}")
-    print(f"device {device} ({args.precision}), parameters {sizes}, replay {size / 2**30:.2f} GiB on disk")
-
+        torch.set_rng_state(saved["rng"].cpu())
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+    sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
+    preset = common.preset_name(args.env_id, args.observation)
+    print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
+    print(f"parameters: {sizes}; replay: {rows * args.num_envs:,} rows, {gib:.2f} GiB on disk")
+    logger = common.Logger(run, asdict(args), step * args.action_repeat, saved.get("seconds", 0.0))
     interrupt, guard = common.Interrupt(), common.FiniteGuard()
+
     row, done, state = common.reset_rows(envs), np.zeros(args.num_envs, bool), None
     replay.add(row)
-    episodes = episodes + 1
-
-    def save():
-        guard.check()
-        replay.flush()
-        common.save_checkpoint(run, dict(
-            agent=agent.state_dict(), optimizers={k: o.state_dict() for k, o in optimizers.items()},
-            step=step, updates=updates, seconds=logger.seconds, episodes=episodes.tolist(),
-            replay=replay.state_dict(), torch_rng=torch.get_rng_state(),
-        ))
-
-    while step * args.action_repeat < args.total_frames and not interrupt.code:
+    episodes = [k + 1 for k in episodes]
+    while step < steps and not interrupt.code:
+        before = step * args.action_repeat
         if step < args.prefill:
-            action = common.random_actions(envs, rng)
+            action = common.random_actions(envs, replay.rng)
         else:
             action, state = policy(agent, row, state)
-        before, reset = step * args.action_repeat, done
+        step += int((~done).sum())  # the reset after a done row costs no frame
+        episodes = [k + int(d) for k, d in zip(episodes, done, strict=True)]
         row, done, info = common.step_rows(envs, action, done)
         replay.add(row)
-        step += int((~reset).sum())
-        episodes += reset
         frames = step * args.action_repeat
-        for ret, length in common.finished(info):
-            logger.log({"charts/episodic_return": ret, "charts/episodic_length": length}, frames, updates)
-            logger.progress(frames, ret=ret)
-        logger.progress(frames)
+        for i in np.flatnonzero(done):
+            ended = {f"charts/episodic_{k}": info["episode"][k[0]][i] for k in ("return", "length")}
+            logger.log(ended, frames, updates)
 
-        due = args.pretrain + 1 + (step - args.prefill) // args.train_every if step >= args.prefill else 0
-        while updates < due:
+        due = args.pretrain + 1 + (step - args.prefill) // args.train_every
+        while step >= args.prefill and updates < due:
             batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            batch = {k: v.to(device) for k, v in batch.items()}
             metrics = update(agent, optimizers, batch, updates, args)
             guard.watch(updates, metrics)
             updates += 1
-        if common.crossed(before, frames, args.log_every) and updates:
+
+        logger.bar.update(frames - before)
+        last = step >= steps or interrupt.code
+        if updates and (last or common.crossed(before, frames, args.log_every)):
             guard.check()
+            metrics |= {"replay/rows": replay.end - replay.start} | logger.speed(frames, updates)
             logger.log(metrics, frames, updates)
-        if common.crossed(before, frames, args.eval_every):
-            evaluate(frames, logger)
-        if common.crossed(before, frames, args.checkpoint_every):
-            save()
-    save()
+        if updates and "image" in shapes and common.crossed(before, frames, args.video_every):
+            video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
+            logger.gif("open_loop", common.tile(video), frames)
+        if step >= steps or common.crossed(before, frames, args.eval_every):
+            returns, film = evaluate()
+            logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
+            if film:
+                logger.gif("eval/episode", film, frames)
+        if last or common.crossed(before, frames, args.checkpoint_every):
+            guard.check()
+            common.save_checkpoint(run, {
+                "counters": {"step": step, "updates": updates, "episodes": episodes},
+                "seconds": logger.seconds(), "replay": replay.state_dict(),
+                "rng": torch.get_rng_state(), "agent": agent.state_dict(),
+                "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
+            })  # fmt: skip
+
+    for closing in (logger, envs, eval_envs):
+        closing.close()
+    if interrupt.code:
+        print(
+            f"stopped at {frames:,} frames, go on with: python {Path(__file__).name} --resume {run}"
+        )
+    raise SystemExit(interrupt.code)
 
 
 if __name__ == "__main__":

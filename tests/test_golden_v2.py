@@ -50,7 +50,8 @@ def mlp_of(inputs, sizes):
 def golden_agent(figures, config):
     """Our agent with the sizes and the weights of a case; its heads have other sizes than any preset."""
     data = {k: v for k, v in figures.items() if k.startswith("data/")}
-    shapes = {k: data[f"data/{k}"].shape[2:] for k in ("image", "vector") if f"data/{k}" in data}
+    keys = ("image", "vector", "action")
+    shapes = {k: data[f"data/{k}"].shape[2:] for k in keys if f"data/{k}" in data}
     c = SimpleNamespace(**config)
     args = dreamerv2.Args(
         deter=c.deter, hidden=c.hidden, stoch=c.stoch, classes=c.classes, cnn_depth=c.cnn_depth,
@@ -60,13 +61,19 @@ def golden_agent(figures, config):
         gamma=c.gamma, discount_lambda=c.discount_lambda, imag_horizon=c.horizon, actor_entropy=c.actor_entropy,
         actor_dist=c.actor_dist, actor_grad=c.actor_grad, actor_grad_mix=c.actor_grad_mix,
     )  # fmt: skip
-    agent = dreamerv2.make_agent(shapes, c.A, args)
+    agent = dreamerv2.make_agent(shapes, args)
     model, feat = agent["world_model"], agent["world_model"].rssm.feat_size
     if "vector" in shapes:
         size = shapes["vector"][0]
         model.encoder.mlp = mlp_of(size, c.encoder_mlp)
-        model.decoder.mlp = nn.Sequential(mlp_of(feat, c.decoder_mlp), nn.Linear(c.decoder_mlp[-1], size))
-    heads = {"actor": agent["actor"], "critic": agent["critic"], "slow_critic": agent["slow_critic"]}
+        model.decoder.mlp = nn.Sequential(
+            mlp_of(feat, c.decoder_mlp), nn.Linear(c.decoder_mlp[-1], size)
+        )
+    heads = {
+        "actor": agent["actor"],
+        "critic": agent["critic"],
+        "slow_critic": agent["slow_critic"],
+    }
     heads |= {"reward": model.reward, "discount": model.discount}
     for name, head in heads.items():
         if head is not None:
@@ -75,7 +82,11 @@ def golden_agent(figures, config):
             head.mlp = mlp_of(feat, [units] * layers)
             for out in {"out", "std"} & set(dict(head.named_children())):
                 setattr(head, out, nn.Linear(units, getattr(head, out).out_features))
-    weights = {our_name(k.removeprefix("weight/")): v for k, v in figures.items() if k.startswith("weight/")}
+    weights = {
+        our_name(k.removeprefix("weight/")): v
+        for k, v in figures.items()
+        if k.startswith("weight/")
+    }
     agent.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=True)
     return agent, args
 
@@ -85,13 +96,19 @@ def case(request, monkeypatch):
     """The figures of a case and what our code computes from its weights and data, with every sample at its mode."""
     figures = dict(np.load(GOLDEN / f"{request.param}.npz", allow_pickle=False))
     agent, args = golden_agent(figures, json.loads(str(figures["config"])))
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.fill_(1.0))  # Gumbel noise 0: the argmax
+    monkeypatch.setattr(
+        torch.Tensor, "exponential_", lambda x: x.fill_(1.0)
+    )  # Gumbel noise 0: the argmax
 
     def trunc_normal_mode(self):
-        return self.mean + (self.mean.clamp(-1 + 1e-6, 1 - 1e-6) - self.mean).detach()
+        return self.mode + (self.mode.clamp(-1 + 1e-6, 1 - 1e-6) - self.mode).detach()
 
     monkeypatch.setattr(dreamerv2.TruncNormal, "rsample", trunc_normal_mode)
-    batch = {k.removeprefix("data/"): torch.from_numpy(v) for k, v in figures.items() if k.startswith("data/")}
+    batch = {
+        k.removeprefix("data/"): torch.from_numpy(v)
+        for k, v in figures.items()
+        if k.startswith("data/")
+    }
     model, actor, critic, slow_critic = agent.values()
     ours = {}
     returns = dreamerv2.lambda_return
@@ -119,7 +136,9 @@ def case(request, monkeypatch):
     with torch.no_grad():
         _, prior = model.rssm.observe(model.encoder(batch), batch["action"], first)
     ours |= {f"post/{k}": v for k, v in post.items()} | {f"prior/{k}": v for k, v in prior.items()}
-    return SimpleNamespace(figures=figures, agent=agent, args=args, ours=ours, metrics=metrics | more)
+    return SimpleNamespace(
+        figures=figures, agent=agent, args=args, ours=ours, metrics=metrics | more
+    )
 
 
 def distance(ours, theirs):
@@ -130,11 +149,20 @@ def distance(ours, theirs):
 def test_losses_equal_the_authors(case):
     figures, metrics = case.figures, {k: float(v) for k, v in case.metrics.items()}
     constant = 0.5 * np.log(2 * np.pi)
-    sizes = sum(np.prod(figures[f"data/{k}"].shape[2:]) for k in ("image", "vector") if f"data/{k}" in figures) + 1
+    sizes = (
+        sum(
+            np.prod(figures[f"data/{k}"].shape[2:])
+            for k in ("image", "vector")
+            if f"data/{k}" in figures
+        )
+        + 1
+    )
     assert distance(metrics["losses/model"] + sizes * constant, figures["loss/model"]) < 1e-5
     for name in ("reward", "image", "vector"):
         if f"loss/{name}_minus_constant" in figures:
-            assert distance(metrics[f"losses/{name}"], figures[f"loss/{name}_minus_constant"]) < 1e-5, name
+            assert (
+                distance(metrics[f"losses/{name}"], figures[f"loss/{name}_minus_constant"]) < 1e-5
+            ), name
     for name in ("kl", "discount", "actor"):
         if f"loss/{name}" in figures:
             assert distance(metrics[f"losses/{name}"], figures[f"loss/{name}"]) < 1e-5, name
@@ -167,5 +195,7 @@ def test_every_gradient_equals_the_authors(case):
 
 def test_gradient_norms_equal_the_authors(case):
     for key, name in (("world_model", "model"), ("actor", "actor"), ("critic", "critic")):
-        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in case.agent[key].parameters()]))
+        norm = torch.linalg.vector_norm(
+            torch.stack([p.grad.norm() for p in case.agent[key].parameters()])
+        )
         assert distance(norm, case.figures[f"grad_norm/{name}"]) < 1e-5, name
