@@ -311,6 +311,11 @@ def step_rows(envs, action, done):
     return {**obs, "action": action * ~done[:, None], **floats}, terminated | truncated, info
 
 
+def episodes(envs):
+    """How many episodes began in each environment: the next one's number, for its seed."""
+    return [int(key[2]) for key in envs.get_attr("key")]
+
+
 def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment, so that long ones count as well.
 
@@ -340,31 +345,26 @@ class Replay:
     share a write head, which no window crosses; a window stays in one environment's stream.
     """
 
-    def __init__(self, folder, capacity, shapes, num_envs, seed, resume=None):
-        """capacity: rows per environment; shapes: see `row_shapes`; resume: an older `state_dict`"""
-        capacity = resume["capacity"] if resume else capacity
+    def __init__(self, folder, capacity, shapes, num_envs, seed):
+        """capacity: rows per environment; shapes: see `row_shapes`"""
         self.folder, self.capacity, self.num_envs = Path(folder), capacity, num_envs
         self.folder.mkdir(exist_ok=True)
         self.data = {k: self.map(k, (capacity, num_envs, *s), t) for k, (s, t) in shapes.items()}
+        self.capacity = len(self.data["action"])  # a resumed run has the size that it began with
         # Rows ever written: it tells which old ones a full ring has lost since the checkpoint.
-        self.written = self.map("written", (1,), np.int64)
+        self.written = self.map("written", (1, 1), np.int64)
         self.rng = np.random.default_rng(seed)
         self.start = self.end = 0  # rows start..end - 1 can be drawn
-        if resume:
-            self.start, self.end = (
-                max(resume["start"], int(self.written[0]) - capacity),
-                resume["end"],
-            )
-            self.rng.bit_generator.state = resume["rng"]
 
     def map(self, name, shape, dtype):
+        """A new file, or that of a resumed run."""
         path = self.folder / f"{name}.npy"
         if not path.exists():
             np.lib.format.open_memmap(path, "w+", dtype, shape)
             with open(path, "r+b") as file:  # a sparse map would die of SIGBUS on a full disk
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         data = np.load(path, mmap_mode="r+")
-        if (data.shape, data.dtype) != (shape, dtype):
+        if (data.shape[1:], data.dtype) != (shape[1:], dtype):
             raise UserError(f"{path} is {data.shape} {data.dtype}, not {shape} {np.dtype(dtype)}")
         return data
 
@@ -372,8 +372,12 @@ class Replay:
         """Writes the maps to disk, so that a checkpoint never knows more rows than they hold."""
         for data in (*self.data.values(), self.written):
             data.flush()
-        state = {"start": self.start, "end": self.end, "capacity": self.capacity}
-        return state | {"rng": self.rng.bit_generator.state}
+        return {"start": self.start, "end": self.end, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state):
+        """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
+        self.start = max(state["start"], int(self.written[0, 0]) - self.capacity)
+        self.end, self.rng.bit_generator.state = state["end"], state["rng"]
 
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""

@@ -17,11 +17,12 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
 Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imagined states,
-A action, E embed, D deter, S x K stoch, F feat, C, H, W image, V vector. A scalar per step is (T, B).
+A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector. A scalar is (T, B).
 """
 
 import functools
 import math
+import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,10 +32,10 @@ import common  # first, because it checks the version of Python
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributions as D
 from torch import nn
-from torch.distributions import Normal, kl_divergence
 
-torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the GPU
+D.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
 
 
 @dataclass
@@ -53,9 +54,7 @@ class Args:
     # --- environment ---
     num_envs: int = 1  # environments that act at once
     async_envs: bool = False  # each of them in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = (
-        "auto"  # auto: dm_control from pixels
-    )
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
     pixels: bool = False  # short for --observation pixels; rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: int = 4  # frames per agent step
@@ -285,7 +284,7 @@ class OneHot:
         return -(self.logp.exp() * self.logp).sum(-1)
 
 
-@torch.distributions.register_kl(OneHot, OneHot)
+@D.register_kl(OneHot, OneHot)
 def kl_one_hot(p, q):
     return (p.logp.exp() * (p.logp - q.logp)).sum(-1)
 
@@ -294,7 +293,7 @@ class TruncNormal:
     """Gaussians cut off outside [-1, 1], (..., A); torch has none with gradients and entropy."""
 
     def __init__(self, mean, std):
-        self.normal, self.mode = Normal(mean, std), mean
+        self.normal, self.mode = D.Normal(mean, std), mean
         self.low, self.high = (-1 - mean) / std, (1 - mean) / std
         self.cdf_low = torch.special.ndtr(self.low)
         self.mass = torch.special.ndtr(self.high) - self.cdf_low
@@ -314,31 +313,26 @@ class TruncNormal:
         return (self.normal.entropy() + self.mass.log() + cut).sum(-1)
 
 
-class TanhNormal:
+class TanhNormal(D.TransformedDistribution):
     """tanh of Gaussians, (..., A); its entropy and mode are found from 100 samples."""
 
     def __init__(self, mean, std):
-        self.normal = Normal(mean, std)
+        # The cache keeps a sample's value before tanh, so that its own log_prob is exact.
+        tanh = D.TanhTransform(cache_size=1)
+        super().__init__(D.Independent(D.Normal(mean, std), 1), tanh)
 
-    def rsample(self):
-        return torch.tanh(self.normal.rsample())
-
-    def log_prob(self, x):
-        return self.log_prob_before_tanh(torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6)))
-
-    def log_prob_before_tanh(self, x):
-        slope = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
-        return (self.normal.log_prob(x) - slope).sum(-1)
+    def log_prob(self, x):  # of an action that may have been rounded to the bounds
+        return super().log_prob(x.clamp(-1 + 1e-6, 1 - 1e-6))
 
     def entropy(self):
-        return -self.log_prob_before_tanh(self.normal.rsample((100,))).mean(0)
+        return -super().log_prob(self.rsample((100,))).mean(0)
 
     @property
     def mode(self):
         """The most likely of 100 samples, each batch element its own."""
-        x = self.normal.rsample((100,))  # (100, ..., A)
-        best = self.log_prob_before_tanh(x).argmax(0)[None, ..., None].expand_as(x[:1])
-        return torch.tanh(x.gather(0, best)[0])
+        x = self.rsample((100,))  # (100, ..., A)
+        best = super().log_prob(x).argmax(0)[None, ..., None].expand_as(x[:1])
+        return x.gather(0, best)[0]
 
 
 class Actor(nn.Module):
@@ -370,15 +364,9 @@ class RSSM(nn.Module):
 
     def __init__(self, embed_size, action_dim, args):
         super().__init__()
-        self.deter, self.stoch, self.classes, self.action_dim = (
-            args.deter,
-            args.stoch,
-            args.classes,
-            action_dim,
-        )
-        self.stoch_size = args.stoch * max(1, args.classes)
-        self.feat_size = self.stoch_size + args.deter
-        stats = args.stoch * (args.classes or 2)
+        self.deter, self.stoch, self.classes = args.deter, args.stoch, args.classes
+        self.stoch_size = args.stoch * (args.classes or 1)
+        self.feat_size, stats = self.stoch_size + args.deter, args.stoch * (args.classes or 2)
         self.img_in = block(nn.Linear(self.stoch_size + action_dim, args.hidden), args)
         self.gru = nn.Linear(args.hidden + args.deter, 3 * args.deter)
         self.gru_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
@@ -405,7 +393,7 @@ class RSSM(nn.Module):
         return {"mean": mean, "std": 2 * torch.sigmoid(std / 2) + 0.1}
 
     def dist(self, stats):
-        return OneHot(stats["logit"]) if self.classes else Normal(stats["mean"], stats["std"])
+        return OneHot(stats["logit"]) if self.classes else D.Normal(stats["mean"], stats["std"])
 
     def state(self, deter, x):
         """Samples stoch from the linear layer's output x."""
@@ -452,23 +440,23 @@ class RSSM(nn.Module):
         start: dict of (N, ...)
         -> states: dict of (I, N, ...), action: (I, N, A) with action[0] zero
         """
-        states, actions = [start], [start["deter"].new_zeros(len(start["deter"]), self.action_dim)]
+        states, actions = [start], []
         for _ in range(horizon):
             actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
             states.append(self.img_step(states[-1], actions[-1]))
-        return stack(states), torch.stack(actions)
+        return stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
-        return kl_divergence(self.dist(post), self.dist(prior)).sum(-1)
+        return D.kl_divergence(self.dist(post), self.dist(prior)).sum(-1)
 
 
 def stack(states):
     return {k: torch.stack([s[k] for s in states]) for k in states[0]}
 
 
-def detach(state):
-    return {k: v.detach() for k, v in state.items()}
+def detach(tensors):
+    return {k: v.detach() for k, v in tensors.items()}
 
 
 class WorldModel(nn.Module):
@@ -480,9 +468,8 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(shapes, args)
         self.rssm = RSSM(self.encoder.size, action_dim, args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
-        self.reward = (TwoHotHead if args.reward_head == "twohot" else Head)(
-            self.rssm.feat_size, args
-        )
+        reward_head = {"normal": Head, "twohot": TwoHotHead}[args.reward_head]
+        self.reward = reward_head(self.rssm.feat_size, args)
         self.discount = Head(self.rssm.feat_size, args) if args.discount_head else None
 
     def loss(self, batch):
@@ -504,24 +491,23 @@ class WorldModel(nn.Module):
         losses["kl"], kl = self.kl_loss(post, prior)
         scale = {"discount": args.discount_scale, "kl": args.kl_scale}
         loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
-        metrics = {f"losses/{k}": v for k, v in {"model": loss, **losses}.items()}
+        metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()
-        metrics["model/post_entropy"] = self.rssm.dist(detach(post)).entropy().sum(-1).mean()
-        metrics["model/prior_entropy"] = self.rssm.dist(detach(prior)).entropy().sum(-1).mean()
-        return loss, post, {k: v.detach() for k, v in metrics.items()}
+        for name, state in (("post", post), ("prior", prior)):
+            metrics[f"model/{name}_entropy"] = self.rssm.dist(state).entropy().sum(-1).mean()
+        return loss, post, detach(metrics)
 
     def kl_loss(self, post, prior):
         """Alg. 2: most of the KL trains the prior towards the posterior -> loss (), KL (T, B)."""
-        args = self.args
-        if args.kl_balance == 0.5:  # the plain KL, as the authors have it
+        free = self.args.free_nats
+        if self.args.kl_balance == 0.5:  # the plain KL, as the authors have it
             kl = self.rssm.kl(post, prior)
-            return kl.clamp(min=args.free_nats).mean(), kl
+            return kl.clamp(min=free).mean(), kl
         to_post, to_prior = self.rssm.kl(detach(post), prior), self.rssm.kl(post, detach(prior))
-        if args.free_avg:
-            free = [kl.mean().clamp(min=args.free_nats) for kl in (to_post, to_prior)]
-        else:
-            free = [kl.clamp(min=args.free_nats).mean() for kl in (to_post, to_prior)]
-        return args.kl_balance * free[0] + (1 - args.kl_balance) * free[1], to_post
+        mean = (lambda x: x.mean().clamp(min=free)) if self.args.free_avg else (
+            lambda x: x.clamp(min=free).mean())  # fmt: skip
+        alpha = self.args.kl_balance
+        return alpha * mean(to_post) + (1 - alpha) * mean(to_prior), to_post
 
     @torch.no_grad()
     def open_loop(self, batch, context=5):
@@ -552,7 +538,7 @@ def lambda_return(reward, value, disc, bootstrap, lambda_):
 
 def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, args):
     """Actor and critic losses on imagined rollouts (Eqs. 4-6); is_terminal is (T, B)."""
-    start = {k: v.detach().flatten(0, 1) for k, v in post.items()}  # (N, ...)
+    start = {k: v.flatten(0, 1) for k, v in detach(post).items()}  # (N, ...)
     with common.frozen(world_model), torch.set_grad_enabled(args.actor_grad != "reinforce"):
         states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
         feat = world_model.rssm.feat(states)  # (I, N, F)
@@ -590,7 +576,7 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
         "imag/value": prediction.mean(),
         "imag/slow_value": value.mean(),
     }
-    return actor_loss, critic_loss, {k: v.detach() for k, v in metrics.items()}
+    return actor_loss, critic_loss, detach(metrics)
 
 
 def make_agent(shapes, args):
@@ -660,18 +646,18 @@ def main(args):
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
+    if args.pixels:
+        args.observation = "pixels"
     run = Path(args.resume or args.evaluate)
     saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
-    options = ("env_id", "seed", "action_repeat", "grayscale", "sticky_prob", "full_action_space")
-    options = {k: getattr(args, k) for k in options}
-    options["observation"] = "pixels" if args.pixels else args.observation
+    options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
+    options = {k: getattr(args, k) for k in options.split()}
     options["time_limit"] = args.time_limit // args.action_repeat
-    # Evaluation has environments of its own, with seeds of their own.
+    # Evaluation has environments of its own, and they have seeds of their own.
     eval_envs = common.make_envs(
         min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
     )
-    shapes = common.row_shapes(eval_envs)
-    discrete = common.is_discrete(eval_envs)
+    shapes, discrete = common.row_shapes(eval_envs), common.is_discrete(eval_envs)
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "trunc_normal"
     if args.actor_grad == "auto":
@@ -683,16 +669,12 @@ def main(args):
     optimizers = make_optimizers(agent, args)
     if saved:
         agent.load_state_dict(saved["agent"])
-
-    def evaluate():
-        act = functools.partial(policy, agent, sample=False)
-        return common.evaluate(eval_envs, act, args.eval_episodes, args.capture_video)
-
+    play = functools.partial(
+        common.evaluate, eval_envs, functools.partial(policy, agent, sample=False)
+    )
     if args.evaluate:
-        returns, film = evaluate()
-        print(
-            f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
-        )
+        returns, film = play(args.eval_episodes, args.capture_video)
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
         return common.save_gif(run / "videos" / "evaluate.gif", film) if film else None
 
     steps = args.total_frames // args.action_repeat
@@ -701,14 +683,12 @@ def main(args):
         raise common.UserError(f"--batch-length {args.batch_length} is more than --replay-size "
                                "or --prefill give each environment")  # fmt: skip
     gib = common.check_disk(shapes, rows * args.num_envs)
-    counters = saved.get("counters", {"step": 0, "updates": 0, "episodes": [0] * args.num_envs})
-    step, updates, episodes = counters.values()  # episodes begun in each environment
+    step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
     run = run if saved else common.new_run(asdict(args))
-    replay = common.Replay(
-        run / "replay", rows, shapes, args.num_envs, args.seed, saved.get("replay")
-    )
+    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
     if saved:
+        replay.load_state_dict(saved["replay"])
         torch.set_rng_state(saved["rng"].cpu())
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -716,12 +696,11 @@ def main(args):
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; replay: {rows * args.num_envs:,} rows, {gib:.2f} GiB on disk")
-    logger = common.Logger(run, asdict(args), step * args.action_repeat, saved.get("seconds", 0.0))
+    logger = common.Logger(run, asdict(args), step * args.action_repeat, seconds)
     interrupt, guard = common.Interrupt(), common.FiniteGuard()
 
     row, done, state = common.reset_rows(envs), np.zeros(args.num_envs, bool), None
     replay.add(row)
-    episodes = [k + 1 for k in episodes]
     while step < steps and not interrupt.code:
         before = step * args.action_repeat
         if step < args.prefill:
@@ -729,7 +708,6 @@ def main(args):
         else:
             action, state = policy(agent, row, state)
         step += int((~done).sum())  # the reset after a done row costs no frame
-        episodes = [k + int(d) for k, d in zip(episodes, done, strict=True)]
         row, done, info = common.step_rows(envs, action, done)
         replay.add(row)
         frames = step * args.action_repeat
@@ -739,11 +717,15 @@ def main(args):
 
         due = args.pretrain + 1 + (step - args.prefill) // args.train_every
         while step >= args.prefill and updates < due:
+            began = time.time()
             batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
             batch = {k: v.to(device) for k, v in batch.items()}
             metrics = update(agent, optimizers, batch, updates, args)
             guard.watch(updates, metrics)
             updates += 1
+            if updates == 3 and device.type == "cpu" and "image" in shapes:
+                hours = (time.time() - began) * (steps - step) / args.train_every / 3600
+                print(f"{hours:,.0f} hours to go on this CPU; CartPole-v1 learns in minutes here")
 
         logger.bar.update(frames - before)
         last = step >= steps or interrupt.code
@@ -755,25 +737,23 @@ def main(args):
             video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
             logger.gif("open_loop", common.tile(video), frames)
         if step >= steps or common.crossed(before, frames, args.eval_every):
-            returns, film = evaluate()
+            returns, film = play(args.eval_episodes, args.capture_video)
             logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
             if film:
                 logger.gif("eval/episode", film, frames)
         if last or common.crossed(before, frames, args.checkpoint_every):
             guard.check()
             common.save_checkpoint(run, {
-                "counters": {"step": step, "updates": updates, "episodes": episodes},
-                "seconds": logger.seconds(), "replay": replay.state_dict(),
-                "rng": torch.get_rng_state(), "agent": agent.state_dict(),
+                "counters": (step, updates, logger.seconds(), common.episodes(envs)),
+                "agent": agent.state_dict(), "replay": replay.state_dict(),
                 "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
+                "rng": torch.get_rng_state(),
             })  # fmt: skip
 
     for closing in (logger, envs, eval_envs):
         closing.close()
     if interrupt.code:
-        print(
-            f"stopped at {frames:,} frames, go on with: python {Path(__file__).name} --resume {run}"
-        )
+        print(f"stopped at frame {step * args.action_repeat:,}; python {__file__} --resume {run}")
     raise SystemExit(interrupt.code)
 
 
