@@ -120,6 +120,8 @@ def make_env(env_id, seed, index, episode=0, *, observation="auto", grayscale=Fa
     if observation == "auto" and kind == "dmc_pixels":
         observation = "pixels"
     kwargs = {"render_mode": "rgb_array"} if render or observation in ("pixels", "both") else {}
+    if kind.startswith("dmc") or (kind == "other" and kwargs):
+        choose_gl(needed=kind == "dmc_pixels")
     try:
         if kind == "atari":
             if sticky_prob is not None:
@@ -135,9 +137,9 @@ def make_env(env_id, seed, index, episode=0, *, observation="auto", grayscale=Fa
         if kind == "atari":
             options = {"frame_skip": action_repeat, "screen_size": SIZE, "grayscale_obs": grayscale}
             env, action_repeat = gym.wrappers.AtariPreprocessing(env, **options), 1
-    except ImportError as error:
+    except (ImportError, gym.error.DependencyNotInstalled) as error:
         raise UserError(f"{env_id} needs a package that is not installed: {error}") from None
-    except gym.error.Error as error:
+    except (gym.error.Error, TypeError) as error:
         raise UserError(f"no {env_id}{nearest(env_id, gym.registry)} ({error})") from None
     env = Standard(env, observation, grayscale, action_repeat, [seed, index, episode])
     if time_limit:
@@ -156,8 +158,6 @@ def make_dmc(env_id, render_mode=None):
 
     Terminated only where dm_control's discount is 0; its own limit of 1000 frames truncates.
     """
-    if render_mode:
-        choose_gl()
     from dm_control import suite
     from shimmy.dm_control_compatibility import DmControlCompatibilityV0
 
@@ -172,7 +172,7 @@ def make_dmc(env_id, render_mode=None):
     )
 
 
-def choose_gl():
+def choose_gl(needed):
     """Sets MUJOCO_GL to what draws here without a screen: the user's choice, EGL or OSMesa."""
     if "MUJOCO_GL" in os.environ:
         return
@@ -182,7 +182,8 @@ def choose_gl():
         if not subprocess.run(probe, env=os.environ | gl_env, capture_output=True).returncode:
             os.environ.update(gl_env)
             return
-    raise UserError("no OpenGL without a screen: apt-get install libegl1 libgl1, or libosmesa6")
+    if needed:
+        raise UserError("no OpenGL without a screen: apt-get install libegl1 libgl1, or libosmesa6")
 
 
 class Standard(gym.Wrapper):
@@ -320,14 +321,14 @@ def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment, so that long ones count as well.
 
     act: rows, state -> action (N, A), state; state is None at the beginning
-    -> returns (episodes,), and if film the frames of the first environment until an episode ends
+    -> returns (episodes,), and if film the first 1000 frames of an episode
     """
     quota = np.full(envs.num_envs, episodes // envs.num_envs)
     quota[: episodes % envs.num_envs] += 1
     returns, frames = [], []
     row, state, done = reset_rows(envs), None, np.zeros(envs.num_envs, bool)
     while quota.any():
-        if film and not returns:
+        if film and not returns and len(frames) < 1000:
             frames.append(envs.render()[0])
         action, state = act(row, state)
         row, done, info = step_rows(envs, action, done)

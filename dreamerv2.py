@@ -699,7 +699,7 @@ def main(args):
     logger = common.Logger(run, asdict(args), step * args.action_repeat, seconds)
     interrupt, guard = common.Interrupt(), common.FiniteGuard()
 
-    row, done, state = common.reset_rows(envs), np.zeros(args.num_envs, bool), None
+    row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
     replay.add(row)
     while step < steps and not interrupt.code:
         before = step * args.action_repeat
@@ -729,14 +729,14 @@ def main(args):
 
         logger.bar.update(frames - before)
         last = step >= steps or interrupt.code
-        if updates and (last or common.crossed(before, frames, args.log_every)):
+        if metrics and (last or common.crossed(before, frames, args.log_every)):
             guard.check()
             metrics |= {"replay/rows": replay.end - replay.start} | logger.speed(frames, updates)
             logger.log(metrics, frames, updates)
-        if updates and "image" in shapes and common.crossed(before, frames, args.video_every):
+        if metrics and "image" in shapes and common.crossed(before, frames, args.video_every):
             video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
             logger.gif("open_loop", common.tile(video), frames)
-        if step >= steps or common.crossed(before, frames, args.eval_every):
+        if step >= steps or (updates and common.crossed(before, frames, args.eval_every)):
             returns, film = play(args.eval_episodes, args.capture_video)
             logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
             if film:

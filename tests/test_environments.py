@@ -1,0 +1,778 @@
+"""Environments: rows, Atari, dm_control, any other gymnasium id, and evaluation."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import envs as tiny
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+
+import common
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def gl():
+    """Skips where nothing draws without a screen, which is probed apart from choose_gl."""
+    if "MUJOCO_GL" not in os.environ:
+        code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+        tries = [
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=os.environ | {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl},
+                capture_output=True,
+            ).returncode
+            for gl in ("egl", "osmesa")
+        ]
+        if all(tries):
+            pytest.skip("no OpenGL without a screen")
+
+
+def run_python(code, **env):
+    """Runs code as a user would, in a process without our MUJOCO_GL -> (exit code, output)."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, cwd=ROOT, env=kept | env, capture_output=True, text=True, timeout=120
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def play(envs, steps, seed=0):
+    """Random play -> rows: dict of (steps + 1, N, ...), dones (steps + 1, N)."""
+    rng, done = np.random.default_rng(seed), np.zeros(envs.num_envs, bool)
+    rows, dones = [common.reset_rows(envs)], [done]
+    for _ in range(steps):
+        row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+        rows.append(row)
+        dones.append(done)
+    return {k: np.stack([row[k] for row in rows]) for k in rows[0]}, np.stack(dones)
+
+
+def check_alignment(rows, dones, codes):
+    """Asserts that counting environments' rows fit together; codes: (T, N) from the actions."""
+    time, code = rows["vector"][..., 0], rows["vector"][..., 1]
+    first = rows["is_first"] == 1
+    assert first[1:].sum(0).min() >= 2  # every environment began anew
+    assert len({tuple(column) for column in first.T}) > 1  # at different times
+    np.testing.assert_array_equal(first[1:], dones[:-1])  # the row after a last row is a reset
+    for key in ("action", "reward", "is_terminal"):
+        assert not rows[key][first].any(), key
+    assert (time[first] == 0).all()
+    assert (code[first] == -1).all()
+    np.testing.assert_array_equal(time[1:][~first[1:]], (time[:-1] + 1)[~first[1:]])
+    np.testing.assert_allclose(code[~first], codes[~first], rtol=1e-5)
+    np.testing.assert_allclose(rows["reward"][~first], (time + codes / 8)[~first], rtol=1e-5)
+    terminal = rows["is_terminal"] == 1
+    assert terminal.any()  # and some episodes ended without it
+    assert (dones & ~terminal).any()
+    assert not (terminal & ~dones).any()
+
+
+# Rows
+def test_observation_action_and_reward_of_a_row_belong_together():
+    envs = common.make_envs(3, env_id="Counting-v0", seed=5)
+    rows, dones = play(envs, 61)
+    check_alignment(rows, dones, rows["action"].argmax(-1))
+    assert rows["action"].shape == (62, 3, 3)
+    assert {rows[k].dtype for k in ("action", "reward", "is_first", "is_terminal")} == {
+        np.dtype(np.float32)
+    }
+    envs.close()
+
+
+def test_observation_action_and_reward_of_a_row_belong_together_for_continuous_actions():
+    envs = common.make_envs(4, env_id="CountingContinuous-v0", seed=6)
+    rows, dones = play(envs, 53)
+    taken = (rows["action"] + 1) / 2 * np.array([6, 1]) + np.array([-2, 0])
+    check_alignment(rows, dones, taken.sum(-1))
+    envs.close()
+
+
+def test_no_stored_action_was_ignored_by_the_environment():
+    envs = common.make_envs(3, env_id="Counting-v0", seed=7)
+    rows, _ = play(envs, 47)
+    for i, env in enumerate(envs.envs):
+        stored = rows["action"][rows["is_first"][:, i] == 0, i]
+        assert (stored.sum(-1) == 1).all()  # one-hot
+        assert stored.argmax(-1).tolist() == env.unwrapped.taken
+    envs.close()
+
+
+@pytest.mark.slow
+def test_environments_in_processes_of_their_own_give_the_same_rows():
+    sync = common.make_envs(2, env_id="envs:Counting-v0", seed=5)
+    parallel = common.make_envs(2, parallel=True, env_id="envs:Counting-v0", seed=5)
+    assert isinstance(parallel, gym.vector.AsyncVectorEnv)
+    (rows, dones), (same, same_dones) = play(sync, 41), play(parallel, 41)
+    check_alignment(same, same_dones, same["action"].argmax(-1))
+    np.testing.assert_array_equal(dones, same_dones)
+    for key in rows:
+        np.testing.assert_array_equal(rows[key], same[key], key)
+    assert [env.unwrapped.taken for env in sync.envs] == list(parallel.get_attr("taken"))
+    sync.close()
+    parallel.close()
+
+
+def test_a_parallel_environment_that_cannot_be_made_is_a_user_error():
+    with pytest.raises(common.UserError, match="no NoSuchThing-v0"):
+        common.make_envs(2, parallel=True, env_id="NoSuchThing-v0", seed=5)
+
+
+def test_frames_are_counted_without_reset_rows():
+    envs = common.make_envs(3, env_id="Counting-v0", seed=8, action_repeat=2)
+    rng, done, step = np.random.default_rng(0), np.zeros(3, bool), 0
+    common.reset_rows(envs)
+    for _ in range(31):
+        step += int((~done).sum())
+        _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+    taken = sum(len(env.unwrapped.taken) for env in envs.envs)
+    odd = 2 * step - taken  # repeats that the end of an episode broke off count whole
+    assert 0 < odd < 20
+    assert step < 3 * 31
+    envs.close()
+
+
+def test_a_row_keeps_its_values_when_the_environment_goes_on():
+    envs = common.make_envs(2, env_id="Counting-v0", seed=9)
+    row = common.reset_rows(envs)
+    copy = {k: v.copy() for k, v in row.items()}
+    common.step_rows(envs, np.eye(3, dtype=np.float32)[[1, 2]], np.zeros(2, bool))
+    for key in row:
+        np.testing.assert_array_equal(row[key], copy[key], key)
+    envs.close()
+
+
+def test_random_actions_are_uniform():
+    envs = common.make_envs(3, env_id="Counting-v0", seed=1)
+    rng = np.random.default_rng(0)
+    actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
+    assert common.is_discrete(envs)
+    assert set(actions.sum(-1)) == {1.0}
+    assert abs(actions.mean(0) - 1 / 3).max() < 0.04
+    envs.close()
+    envs = common.make_envs(3, env_id="CountingContinuous-v0", seed=1)
+    actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
+    assert not common.is_discrete(envs)
+    assert actions.dtype == np.float32
+    assert abs(actions.std(0) - 1 / np.sqrt(3)).max() < 0.03
+    assert abs(actions).max() <= 1
+    envs.close()
+
+
+def seeds(rows, env):
+    """The seeds of the episodes in an environment's rows."""
+    vector = rows["vector"][rows["is_first"][:, env] == 1, env]
+    return [int(high) * 2**16 + int(low) for low, high in vector[:, 2:]]
+
+
+def test_episodes_have_seeds_that_follow_from_run_environment_and_number():
+    envs = common.make_envs(2, env_id="Counting-v0", seed=3)
+    rows, _ = play(envs, 60)
+    drawn = [seeds(rows, i)[:5] for i in (0, 1)]
+    for i, k in ((0, 0), (0, 1), (1, 0), (1, 4)):
+        assert drawn[i][k] == int(np.random.SeedSequence([3, i, k]).generate_state(1)[0]) >> 1
+    assert len({*drawn[0], *drawn[1]}) == 10  # all differ
+    envs.close()
+    shifted = common.make_envs(1, env_id="Counting-v0", seed=3, first_index=1)
+    assert seeds(play(shifted, 60)[0], 0)[:5] == drawn[1]
+    shifted.close()
+
+
+def test_episodes_counts_those_that_began():
+    envs = common.make_envs(3, env_id="Counting-v0", seed=3, episodes=[0, 7, 2])
+    rows, _ = play(envs, 33)
+    assert common.episodes(envs) == (rows["is_first"].sum(0) + np.array([0, 7, 2])).tolist()
+    envs.close()
+
+
+def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
+    rng = np.random.default_rng(0)
+    whole = common.make_envs(2, env_id="CartPole-v1", seed=4)
+    rows, _ = play(whole, 200)
+    whole.close()
+    begins = [np.flatnonzero(rows["is_first"][:, i]) for i in (0, 1)]
+    resumed = common.make_envs(2, env_id="CartPole-v1", seed=4, episodes=[3, 5])
+    first = common.reset_rows(resumed)
+    for i, k in enumerate((3, 5)):
+        np.testing.assert_array_equal(first["vector"][i], rows["vector"][begins[i][k], i])
+    # The same actions lead to the same rows.
+    t, done = begins[0][3], np.zeros(2, bool)
+    for step in range(1, 8):
+        action = common.random_actions(resumed, rng)
+        action[0] = rows["action"][t + step, 0]
+        row, done, _ = common.step_rows(resumed, action, done)
+        np.testing.assert_array_equal(row["vector"][0], rows["vector"][t + step, 0])
+    resumed.close()
+
+
+def test_a_time_limit_in_agent_steps_truncates():
+    env = common.make_env("Pendulum-v1", 1, 0, time_limit=7, action_repeat=2)
+    env.reset()
+    ends = [env.step(np.zeros(1))[2:4] for _ in range(7)]
+    assert ends == [(False, False)] * 6 + [(False, True)]
+
+
+def test_the_limit_of_the_environment_itself_holds_without_a_time_limit():
+    envs = common.make_envs(1, env_id="CountingShort-v0", seed=2)
+    rows, dones = play(envs, 60)
+    assert rows["vector"][..., 0].max() == 4
+    cut = dones & (rows["vector"][..., 0] == 4) & (rows["is_terminal"] == 0)
+    assert cut.any()
+    envs.close()
+
+
+# Atari
+@pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "ALE/Pong-v5"])
+def test_atari_frames_are_counted_once(env_id):
+    env = common.make_env(env_id, 1, 0, grayscale=True, action_repeat=4, sticky_prob=0.0)
+    env.reset()
+    ale = env.unwrapped.ale
+    for _ in range(5):
+        before = ale.getEpisodeFrameNumber()
+        env.step(np.eye(6)[2])
+        assert ale.getEpisodeFrameNumber() - before == 4
+
+
+@pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "ALE/Pong-v5"])
+def test_atari_images_are_the_screen_in_gray_or_rgb(env_id):
+    assert common.preset_name(env_id, "auto") == "atari"
+    for grayscale, channels in ((True, 1), (False, 3)):
+        env = common.make_env(env_id, 1, 0, grayscale=grayscale)
+        assert env.observation_space["image"].shape == (channels, 64, 64)
+        env.reset()
+        for _ in range(4):
+            image = env.step(np.eye(6)[3])[0]["image"]
+        assert image.shape == (channels, 64, 64)
+        assert image.dtype == np.uint8
+        ale = env.unwrapped.ale
+        screen = ale.getScreenGrayscale()[..., None] if grayscale else ale.getScreenRGB()
+        small = np.atleast_3d(cv2.resize(screen, (64, 64), interpolation=cv2.INTER_AREA))
+        np.testing.assert_array_equal(image, small.transpose(2, 0, 1))
+        assert image.std() > 1
+
+
+def test_atari_image_is_the_maximum_of_the_last_two_frames():
+    pair = [
+        common.make_env("PongNoFrameskip-v4", 1, 0, grayscale=True, action_repeat=r) for r in (1, 4)
+    ]
+    for env in pair:
+        env.reset()
+    single, repeated = pair
+    for _ in range(20):
+        screens = []
+        for _ in range(4):
+            single.step(np.eye(6)[2])
+            screens.append(single.unwrapped.ale.getScreenGrayscale())
+        image = repeated.step(np.eye(6)[2])[0]["image"][0]
+        both = np.maximum(*screens[2:])
+        np.testing.assert_array_equal(image, cv2.resize(both, (64, 64), interpolation=3))
+    assert (screens[2] != screens[3]).any()
+
+
+def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id():
+    def made(env_id, **options):
+        env = common.make_env(env_id, 1, 0, grayscale=True, action_repeat=4, **options)
+        ale = env.unwrapped.ale
+        return env.action_space.n, ale.getFloat("repeat_action_probability")
+
+    assert made("PongNoFrameskip-v4") == (6, 0.0)
+    assert made("ALE/Pong-v5") == (6, 0.25)
+    assert made("PongNoFrameskip-v4", sticky_prob=0.25) == (6, 0.25)
+    assert made("ALE/Pong-v5", sticky_prob=0.0) == (6, 0.0)
+    assert made("PongNoFrameskip-v4", full_action_space=True) == (18, 0.0)
+
+
+def test_atari_episodes_begin_with_up_to_30_no_ops():
+    env = common.make_env("PongNoFrameskip-v4", 1, 0, grayscale=True, action_repeat=4)
+    noops = []
+    for _ in range(12):
+        env.reset()
+        noops.append(env.unwrapped.ale.getEpisodeFrameNumber())
+    assert min(noops) >= 1
+    assert max(noops) <= 30
+    assert len(set(noops)) >= 5
+
+
+def test_losing_a_life_ends_nothing():
+    env = common.make_env("BreakoutNoFrameskip-v4", 1, 0, grayscale=True, action_repeat=4)
+    env.reset()
+    lives, terminated = [5], False
+    while not terminated and len(lives) < 2000:
+        _, _, terminated, truncated, info = env.step(np.eye(4)[1])  # FIRE throws each ball
+        lives.append(info["lives"])
+        assert not truncated
+        assert terminated == (lives[-1] == 0)
+    assert set(lives) == set(range(6))
+
+
+def test_a_time_limit_truncates_an_atari_game():
+    env = common.make_env(
+        "ALE/Pong-v5", 1, 0, grayscale=True, action_repeat=4, time_limit=5, sticky_prob=0.0
+    )
+    env.reset()
+    ends = [env.step(np.eye(6)[0])[2:4] for _ in range(5)]
+    assert ends == [(False, False)] * 4 + [(False, True)]
+
+
+# dm_control
+def test_vectors_of_dm_control_need_no_opengl(monkeypatch):
+    fake_probe(monkeypatch, [])
+    env = common.make_env("dmc/ball_in_cup-catch", 1, 0, observation="vector")
+    assert env.reset()[0]["vector"].shape == (8,)
+
+
+@pytest.mark.slow
+def test_every_task_of_the_suite_can_be_made_from_vectors(gl):
+    common.make_env("dmc/walker-walk", 1, 0, observation="vector")  # chooses OpenGL first
+    from dm_control import suite
+
+    assert len(suite.ALL_TASKS) > 40
+    for domain, task in suite.ALL_TASKS:
+        env_id = f"dm_control/{domain}-{task}-v0"
+        env = common.make_env(env_id, 1, 0, observation="vector", action_repeat=2)
+        obs, _ = env.reset()
+        assert obs["vector"].shape == env.observation_space["vector"].shape, env_id
+        obs, _, terminated, truncated, _ = env.step(env.action_space.high)
+        assert np.isfinite(obs["vector"]).all(), env_id
+        assert (terminated, truncated) == (False, False), env_id
+        env.close()
+
+
+def test_dmc_is_short_for_dm_control():
+    long = common.make_env("dm_control/ball_in_cup-catch-v0", 3, 1, observation="vector")
+    short = common.make_env("dmc/ball_in_cup-catch", 3, 1, observation="vector")
+    for env_id in ("dm_control/ball_in_cup-catch-v0", "dmc/ball_in_cup-catch"):
+        assert common.preset_name(env_id, "vector") == "dmc_vector"
+        assert common.preset_name(env_id, "auto") == "dmc_pixels"
+    np.testing.assert_array_equal(long.reset()[0]["vector"], short.reset()[0]["vector"])
+
+
+def test_1000_frames_of_dm_control_are_500_agent_steps_with_the_rewards_summed():
+    env = common.make_env(
+        "dm_control/cartpole-balance-v0", 1, 0, observation="vector", action_repeat=2
+    )
+    raw, rewards = env.unwrapped, []
+    step = raw.step
+
+    def noting(action):
+        rewards.append((result := step(action))[1])
+        return result
+
+    raw.step = noting
+    env.reset()
+    for k in range(1, 501):
+        _, reward, terminated, truncated, info = env.step(np.full(1, 0.5))
+        assert len(rewards) == 2 * k
+        assert reward == pytest.approx(sum(rewards[-2:]))
+        assert not terminated
+        assert truncated == (k == 500)
+    assert info["episode"]["l"] == 500
+    assert info["episode"]["r"] == pytest.approx(sum(rewards), rel=1e-5)
+    assert 0 < reward < 2
+
+
+def test_only_a_discount_of_0_terminates_dm_control():
+    env = common.make_env("dm_control/lqr-lqr_2_1-v0", 1, 0, observation="vector", action_repeat=2)
+    env.reset()
+    assert env.step(np.zeros(1))[2:4] == (False, False)
+    physics = env.unwrapped._env.physics
+    with physics.reset_context():  # at rest at the target the task is done
+        physics.data.qpos[:] = 0
+        physics.data.qvel[:] = 0
+    _, _, terminated, truncated, info = env.step(np.zeros(1))
+    assert info["timestep.discount"] == 0
+    assert (terminated, truncated) == (True, False)
+
+
+def test_dm_control_actions_fill_their_bounds():
+    env = common.make_env("dm_control/fish-swim-v0", 1, 0, observation="vector")
+    raw, taken = env.unwrapped, []
+    bounds = raw.action_space
+    step = raw.step
+    raw.step = lambda action: taken.append(action) or step(action)
+    env.reset()
+    for value in (-1, 0, 1):
+        env.step(np.full(env.action_space.shape, value, np.float32))
+    for action, expected in zip(taken, (bounds.low, 0, bounds.high), strict=True):
+        np.testing.assert_allclose(action, np.broadcast_to(expected, action.shape), atol=1e-7)
+        assert bounds.contains(action)
+
+
+def test_a_misspelt_dm_control_task_names_the_nearest():
+    with pytest.raises(common.UserError, match="nearest: walker-walk"):
+        common.make_env("dm_control/walker-wlk-v0", 1, 0)
+
+
+def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
+    code = """
+import os, common
+make = lambda env_id, **options: common.make_env(env_id, 1, 0, action_repeat=2, **options)
+make("dmc/ball_in_cup-catch", observation="vector").reset()
+both = make("dmc/ball_in_cup-catch", observation="both").reset()[0]
+assert {k: v.shape for k, v in both.items()} == {"image": (3, 64, 64), "vector": (8,)}, both
+for env_id, channels in (("dm_control/ball_in_cup-catch-v0", 3), ("dmc/quadruped-walk", 1)):
+    env = make(env_id, grayscale=channels == 1)
+    assert list(env.observation_space) == ["image"], env.observation_space
+    first = env.reset()[0]["image"]
+    for _ in range(5):
+        image = env.step(env.action_space.high)[0]["image"]
+    assert image.shape == (channels, 64, 64) and image.dtype == "uint8"
+    assert image.std() > 5 and (image != first).any()
+    env.close()
+assert env.unwrapped.render_kwargs["camera_id"] == 2
+print("gl is", os.environ["MUJOCO_GL"])
+"""
+    returncode, output = run_python(code)
+    assert returncode == 0, output
+    assert re.search("gl is (egl|osmesa)", output)
+    assert "GLFW" not in output  # it warns of a missing screen
+
+
+def test_vectors_of_dm_control_print_no_warning(gl):
+    code = "import common; common.make_env('dmc/ball_in_cup-catch', 1, 0, observation='vector')"
+    assert run_python(code) == (0, "")
+
+
+@pytest.mark.slow
+def test_pixels_of_dm_control_in_processes_of_their_own(gl):
+    code = """
+import common
+envs = common.make_envs(2, parallel=True, env_id="dmc/ball_in_cup-catch", seed=1)
+print("std", *common.reset_rows(envs)["image"].std((1, 2, 3)))
+envs.close()
+"""
+    returncode, output = run_python(code)
+    assert returncode == 0, output
+    assert min(map(float, output.split("std")[1].split()[:2])) > 5
+
+
+def test_gymnasium_mujoco_is_drawn_without_any_setting(gl):
+    code = """
+import common
+env = common.make_env("InvertedPendulum-v5", 1, 0, observation="pixels")
+print("std", env.reset()[0]["image"].std())
+env.close()
+"""
+    returncode, output = run_python(code)
+    assert returncode == 0, output
+    assert float(output.split("std")[1].split()[0]) > 5
+
+
+def fake_probe(monkeypatch, works, **environ):
+    """Lets choose_gl find only what works -> the names it tried, and its os.environ."""
+    tried = []
+
+    def run(command, env, **options):
+        tried.append(env["MUJOCO_GL"])
+        assert env["PYOPENGL_PLATFORM"] == env["MUJOCO_GL"]
+        return subprocess.CompletedProcess(command, 0 if env["MUJOCO_GL"] in works else 1)
+
+    monkeypatch.setattr(common.subprocess, "run", run)
+    monkeypatch.setattr(common.os, "environ", {"PATH": "", **environ})
+    return tried
+
+
+def test_opengl_is_egl_or_else_osmesa(monkeypatch):
+    fake_probe(monkeypatch, ["egl", "osmesa"])
+    common.choose_gl()
+    assert common.os.environ["MUJOCO_GL"] == "egl"
+    tried = fake_probe(monkeypatch, ["osmesa"])
+    common.choose_gl()
+    assert tried == ["egl", "osmesa"]
+    assert common.os.environ["MUJOCO_GL"] == common.os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+
+
+def test_the_users_choice_of_opengl_is_respected(monkeypatch):
+    tried = fake_probe(monkeypatch, ["egl", "osmesa"], MUJOCO_GL="glfw")
+    common.choose_gl()
+    assert common.os.environ["MUJOCO_GL"] == "glfw"
+    assert tried == []
+
+
+def test_pixels_without_any_opengl_name_the_package_to_install(monkeypatch):
+    fake_probe(monkeypatch, [])
+    with pytest.raises(common.UserError, match="apt-get install libegl1"):
+        common.make_env("dmc/ball_in_cup-catch", 1, 0)
+
+
+# Any other id
+def make_still(name, obs, space, actions=None, **options):
+    tiny.register_still(name, obs, space, actions)
+    env = common.make_env(name, 1, 0, **options)
+    return env, env.reset()[0]
+
+
+def test_cartpole_is_a_vector_with_one_hot_actions():
+    env = common.make_env("CartPole-v1", 1, 0)
+    assert common.preset_name("CartPole-v1", "auto") == "other"
+    assert env.observation_space == Dict({"vector": Box(-np.inf, np.inf, (4,), np.float32)})
+    assert env.action_space == MultiBinary(2)
+    env.reset()
+    right, left = (np.sign(env.step(np.eye(2)[i])[0]["vector"][1]) for i in (1, 0))
+    assert right == 1
+    env.reset()
+    left = np.sign(env.step(np.eye(2)[0])[0]["vector"][1])
+    assert left == -1
+
+
+def test_actions_of_pendulum_are_scaled_to_2():
+    env = common.make_env("Pendulum-v1", 1, 0)
+    env.reset()
+    for action, torque in ((-1, -2), (0.25, 0.5), (1, 2)):
+        env.step(np.array([action], np.float32))
+        assert env.unwrapped.last_u == pytest.approx(torque)
+
+
+def test_a_dict_of_boxes_is_flattened_by_key():
+    space = {
+        "b": Box(-1, 1, (2, 2)),
+        "a": Box(-1, 1, (3,), np.float64),
+        "c": Box(-1, 1, ()),
+    }
+    obs = {
+        "c": np.float32(0.9),
+        "b": np.array([[1, 2], [3, 4]], np.float32) / 10,
+        "a": np.array([0.5, 0.6, 0.7]),
+    }
+    env, out = make_still("Parts-v0", obs, Dict(space))
+    assert list(out) == ["vector"]
+    assert out["vector"].dtype == np.float32
+    assert out["vector"].shape == env.observation_space["vector"].shape == (8,)
+    order = list(env.unwrapped.observation_space)
+    expected = np.concatenate([np.ravel(obs[k]) for k in order]).astype(np.float32)
+    np.testing.assert_array_equal(out["vector"], expected)
+
+
+def test_an_image_of_odd_size_is_resized_by_area():
+    image = np.random.default_rng(0).integers(256, size=(97, 131, 3), dtype=np.uint8)
+    space = Box(0, 255, image.shape, np.uint8)
+    _, rgb = make_still("Odd-v0", image, space)
+    _, gray = make_still("Odd-v0", image, space, grayscale=True)
+    assert rgb["image"].shape == (3, 64, 64)
+    assert gray["image"].shape == (1, 64, 64)
+    small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(rgb["image"], small.transpose(2, 0, 1))
+    luma = small @ np.array([0.299, 0.587, 0.114])
+    assert abs(gray["image"][0] - luma).max() < 1
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (80, 50), (80, 50, 1), (64, 64, 1)])
+def test_an_image_of_one_channel_fits_gray_and_rgb(shape):
+    image = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    for grayscale, channels in ((True, 1), (False, 3)):
+        _, out = make_still("OneChannel-v0", image, Box(0, 255, shape, np.uint8),
+                            grayscale=grayscale)  # fmt: skip
+        assert out["image"].shape == (channels, 64, 64)
+        assert (out["image"] == out["image"][:1]).all()
+        if shape[:2] == (64, 64):
+            np.testing.assert_array_equal(out["image"][0], image.reshape(64, 64))
+
+
+def test_an_image_and_vectors_in_a_dict_can_be_chosen():
+    image = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    obs = {"camera": image, "speed": np.ones(2, np.float32), "touch": np.zeros(3, np.float32)}
+    space = Dict(
+        camera=Box(0, 255, (64, 64, 3), np.uint8), speed=Box(-1, 1, (2,)), touch=Box(-1, 1, (3,))
+    )
+    for observation, keys in (
+        ("auto", ["image", "vector"]),
+        ("both", ["image", "vector"]),
+        ("pixels", ["image"]),
+        ("vector", ["vector"]),
+    ):
+        # Only what has no image of its own has to be drawn, and this one cannot be.
+        env = common.Standard(tiny.Still(obs, space), observation, False, 1, [1, 0, 0])
+        out, _ = env.reset()
+        assert sorted(out) == sorted(env.observation_space) == keys
+        if "image" in keys:
+            np.testing.assert_array_equal(out["image"], image.transpose(2, 0, 1))
+        if "vector" in keys:
+            np.testing.assert_array_equal(out["vector"], [1, 1, 0, 0, 0])
+
+
+def test_cartpole_is_drawn_for_pixels():
+    env = common.make_env("CartPole-v1", 1, 0, observation="pixels")
+    out, _ = env.reset()
+    assert list(out) == ["image"]
+    screen = cv2.resize(env.render(), (64, 64), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(out["image"], screen.transpose(2, 0, 1))
+    assert out["image"].std() > 5
+    for _ in range(8):
+        moved = env.step(np.eye(2)[1])[0]["image"]
+    assert (moved != out["image"]).any()
+    env.close()
+    both = common.make_env("CartPole-v1", 1, 0, observation="both", grayscale=True).reset()[0]
+    assert {k: v.shape for k, v in both.items()} == {"image": (1, 64, 64), "vector": (4,)}
+
+
+@pytest.mark.filterwarnings("ignore:.*render_mode")  # so gymnasium puts it
+def test_an_environment_that_cannot_be_drawn_is_refused():
+    tiny.register_still("Blind-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)))
+    with pytest.raises(common.UserError, match="Blind-v0"):
+        common.make_env("Blind-v0", 1, 0, observation="pixels")
+
+
+def test_discrete_actions_may_start_above_0():
+    obs, space = np.zeros(2, np.float32), Box(-1, 1, (2,))
+    env, _ = make_still("Start-v0", obs, space, Discrete(4, start=3))
+    assert env.action_space == MultiBinary(4)
+    for i in (0, 3, 1):
+        env.step(np.eye(4)[i])
+    assert env.unwrapped.taken == [3, 6, 4]
+
+
+def test_bounds_that_are_infinite_leave_an_action_unscaled():
+    low, high = np.array([-np.inf, -2, 0, -np.inf]), np.array([np.inf, 6, np.inf, 5])
+    actions = Box(low.astype(np.float32), high.astype(np.float32))
+    env, _ = make_still("Unbounded-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), actions)
+    assert env.action_space == Box(-1, 1, (4,), np.float32)
+    env.step(np.array([-1, -1, 0.5, 1], np.float32))
+    np.testing.assert_allclose(env.unwrapped.taken[0], [-1, -2, 0.5, 1])
+
+
+def test_actions_of_several_dimensions_are_flat_outside():
+    low = np.arange(6, dtype=np.float32).reshape(2, 3)
+    env, _ = make_still("Matrix-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), Box(low, low + 2))
+    assert env.action_space.shape == (6,)
+    env.step(np.array([-1, 0, 1, -1, 0, 1], np.float32))
+    (taken,) = env.unwrapped.taken
+    assert taken.shape == (2, 3)
+    assert taken.dtype == np.float32
+    np.testing.assert_allclose(taken - low, [[0, 1, 2], [0, 1, 2]], atol=1e-6)
+
+
+def test_an_action_is_repeated_until_the_episode_ends():
+    env = common.make_env("Counting-v0", 1, 0, action_repeat=4)
+    env.reset()
+    length, total, done = env.unwrapped.length, 0, False
+    while not done:
+        _, reward, terminated, truncated, _ = env.step(np.eye(3)[2])
+        total += reward
+        done = terminated or truncated
+    assert len(env.unwrapped.taken) == length
+    assert length % 4 != 0  # so that a repeat was broken off
+    assert total == sum(range(1, length + 1)) + length * 2 / 8
+
+
+def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+    monkeypatch.delitem(sys.modules, "envs")
+    for name in [k for k in gym.registry if k.startswith("Counting")]:
+        monkeypatch.delitem(gym.registry, name)
+    env = common.make_env("envs:Counting-v0", 1, 0)
+    assert env.reset()[0]["vector"].shape == (4,)
+
+
+@pytest.mark.parametrize("space", [
+    Discrete(5), MultiDiscrete([2, 3]), Tuple([Box(-1, 1, (2,)), Box(-1, 1, (3,))]), Text(3),
+    Dict(a=Box(-1, 1, (2,)), b=Discrete(3)),
+])  # fmt: skip
+def test_observations_that_are_not_boxes_are_refused_in_one_line(space):
+    with pytest.raises(common.UserError, match=r"observations .* not supported") as error:
+        make_still("BadObservation-v0", None, space)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("actions", [MultiDiscrete([2, 3]), MultiBinary(3), Dict(a=Discrete(2))])
+def test_actions_that_are_neither_discrete_nor_boxes_are_refused_in_one_line(actions):
+    with pytest.raises(common.UserError, match=r"actions .* not supported") as error:
+        make_still("BadAction-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), actions)
+    assert "\n" not in str(error.value)
+
+
+def test_an_observation_that_does_not_fit_is_refused():
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(common.UserError, match="--observation vector does not fit"):
+        make_still("OnlyImage-v0", image, Box(0, 255, image.shape, np.uint8), observation="vector")
+    space = Dict({k: Box(0, 255, image.shape, np.uint8) for k in "ab"})
+    with pytest.raises(common.UserError, match="--observation auto does not fit"):
+        make_still("TwoImages-v0", {"a": image, "b": image}, space)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [
+    ("CartPol-v1", "CartPole-v1"), ("PongNoFrameskp-v4", "PongNoFrameskip-v4"),
+    ("ALE/Pongg-v5", "ALE/Pong-v5"), ("Pendulum-v9", "Pendulum-v1"),
+])  # fmt: skip
+def test_an_unknown_id_names_the_nearest(wrong, right):
+    with pytest.raises(common.UserError, match=f"nearest:.* {right}"):
+        common.make_env(wrong, 1, 0)
+
+
+def test_an_id_whose_module_is_missing_is_a_user_error():
+    with pytest.raises(common.UserError, match="no_such_module"):
+        common.make_env("no_such_module:Thing-v0", 1, 0)
+
+
+# Evaluation
+def returns_of(index, episodes, seed=11):
+    """What the first episodes of an environment give to an agent that always takes action 1."""
+    env, returns = common.make_env("Counting-v0", seed, index), []
+    for _ in range(episodes):
+        env.reset()
+        total, done = 0.0, False
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(np.eye(3)[1])
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def ones(row, state):
+    return np.eye(3, dtype=np.float32)[np.ones(len(row["reward"]), int)], state
+
+
+def test_evaluation_plays_whole_episodes_and_equally_many_in_each_environment():
+    envs = common.make_envs(3, env_id="Counting-v0", seed=11)
+    returns, frames = common.evaluate(envs, ones, 8)
+    expected = returns_of(0, 3) + returns_of(1, 3) + returns_of(2, 2)
+    np.testing.assert_allclose(sorted(returns), sorted(expected))
+    assert frames == []
+    assert len({env.unwrapped.length for env in envs.envs}) > 1
+    envs.close()
+
+
+def test_evaluation_begins_with_new_episodes_each_time():
+    envs = common.make_envs(2, env_id="Counting-v0", seed=11)
+    common.evaluate(envs, ones, 2)
+    begun = [env.get_wrapper_attr("key")[2] for env in envs.envs]
+    returns, _ = common.evaluate(envs, ones, 2)
+    expected = [returns_of(i, k + 1)[-1] for i, k in enumerate(begun)]
+    np.testing.assert_allclose(sorted(returns), sorted(expected))
+    envs.close()
+
+
+def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
+    envs = common.make_envs(2, env_id="Counting-v0", seed=11)
+    rows, states = [], []
+
+    def act(row, state):
+        rows.append(row)
+        states.append(state)
+        return ones(row, None)[0], len(states)
+
+    common.evaluate(envs, act, 6)
+    assert states == [None, *range(1, len(states))]
+    for row in rows:
+        np.testing.assert_array_equal(row["vector"][:, 0] == 0, row["is_first"] == 1)
+        np.testing.assert_array_equal(row["action"][:, 1], 1 - row["is_first"])
+    envs.close()
+
+
+def test_the_film_of_an_evaluation_shows_the_first_environment_until_an_episode_ends():
+    envs = common.make_envs(2, env_id="Counting-v0", seed=11, render=True)
+    _, frames = common.evaluate(envs, ones, 4, film=True)
+    shortest = min(
+        int(np.random.default_rng(s).integers(3, 10))
+        for s in [int(np.random.SeedSequence([11, i, 0]).generate_state(1)[0]) >> 1 for i in (0, 1)]
+    )
+    assert [int(frame[0, 0, 0]) for frame in frames] == list(range(shortest))
+    assert frames[0].shape == (32, 48, 3)
+    envs.close()

@@ -1,0 +1,316 @@
+"""Replay: which rows it keeps, which windows it draws, and what it leaves on the disk."""
+
+import os
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+
+SHAPES = {
+    "vector": ((2,), np.float32),  # number of the row and of the environment
+    "action": ((3,), np.float32),
+    "reward": ((), np.float32),
+    "is_first": ((), np.float32),
+    "is_terminal": ((), np.float32),
+}
+
+
+def make_row(number, num_envs=3, first=()):
+    """A row that says which one it is; first: the environments for which it is a reset."""
+    envs = np.arange(num_envs, dtype=np.float32)
+    return {
+        "vector": np.stack([np.full(num_envs, number, np.float32), envs], 1),
+        "action": np.full((num_envs, 3), number, np.float32),
+        "reward": number + envs / 8,
+        "is_first": np.isin(envs, first).astype(np.float32),
+        "is_terminal": np.zeros(num_envs, np.float32),
+    }
+
+
+def filled(folder, capacity, rows, num_envs=3, seed=0, first=dict):
+    """A replay after so many rows; first: dict of row -> environments that it resets."""
+    replay = common.Replay(folder, capacity, SHAPES, num_envs, seed)
+    for number in range(rows):
+        replay.add(make_row(number, num_envs, first().get(number, ())))
+    return replay
+
+
+def windows(replay, batches, batch_size, length, **options):
+    """How often the window of each (first row, environment) was drawn, if all are whole."""
+    counts = Counter()
+    for _ in range(batches):
+        batch = replay.sample(batch_size, length, **options)
+        number, env = batch["vector"].numpy().astype(int).transpose(2, 0, 1)  # (T, B)
+        assert (np.diff(number, axis=0) == 1).all()  # contiguous
+        assert (env == env[0]).all()  # of one environment
+        np.testing.assert_array_equal(batch["reward"], number + env / 8)
+        np.testing.assert_array_equal(batch["action"][..., 1], number)
+        counts.update(zip(number[0].tolist(), env[0].tolist(), strict=True))
+    return counts
+
+
+# Windows
+def test_a_batch_is_time_first_and_a_scalar_has_no_last_dimension(tmp_path):
+    batch = filled(tmp_path, 50, 40).sample(6, 7)
+    shapes = {k: tuple(v.shape) for k, v in batch.items()}
+    assert shapes == {
+        "vector": (7, 6, 2), "action": (7, 6, 3), "reward": (7, 6), "is_first": (7, 6),
+        "is_terminal": (7, 6),
+    }  # fmt: skip
+    assert {v.dtype for v in batch.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rows", [11, 39, 40, 41, 57, 80, 133])
+def test_windows_are_all_the_contiguous_ones_and_never_cross_the_write_head(tmp_path, rows):
+    capacity, length, num_envs = 40, 7, 3
+    counts = windows(filled(tmp_path, capacity, rows), 60, 101, length)
+    oldest = max(0, rows - capacity)
+    starts = range(oldest, rows - length + 1)
+    assert set(counts) == {(row, env) for row in starts for env in range(num_envs)}
+
+
+def test_a_window_may_be_as_long_as_the_replay(tmp_path):
+    replay = filled(tmp_path, 13, 30, num_envs=2)
+    assert set(windows(replay, 5, 11, 13)) == {(17, 0), (17, 1)}
+    with pytest.raises(AssertionError):
+        replay.sample(4, 14)
+
+
+def test_windows_are_drawn_uniformly(tmp_path):
+    replay = filled(tmp_path, 40, 100)
+    counts = windows(replay, 100, 211, 7)
+    possible = (40 - 7 + 1) * 3
+    expected = 100 * 211 / possible
+    chi_square = sum((n - expected) ** 2 / expected for n in counts.values())
+    assert len(counts) == possible
+    assert abs(chi_square - possible) < 5 * np.sqrt(2 * possible)  # 5 standard deviations
+
+
+def test_windows_are_independent_of_one_another_within_a_batch(tmp_path):
+    replay = filled(tmp_path, 40, 100)
+    batch = replay.sample(500, 7)
+    draws = batch["vector"][0].numpy()
+    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.15
+    assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < 0.15
+
+
+def test_the_same_seed_draws_the_same_windows(tmp_path):
+    draws = []
+    for k, seed in enumerate((4, 4, 5)):
+        (tmp_path / str(k)).mkdir()
+        replay = filled(tmp_path / str(k), 40, 60, seed=seed)
+        draws.append(torch.stack([replay.sample(9, 5)["vector"] for _ in range(3)]))
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+    assert not draws[0][0].equal(draws[0][1])
+
+
+# Episode ends
+def ends():
+    """Rows that are resets, and of which environments; row 24 is too early for a whole window."""
+    return {0: (0, 1, 2), 25: (0,), 30: (1,), 41: (0,), 24: (2,), 52: (2,)}
+
+
+def test_the_window_at_the_end_of_an_episode_is_drawn_length_plus_1_times_as_often(tmp_path):
+    capacity, rows, length = 40, 60, 5  # rows 20..59 are there
+    replay = filled(tmp_path, capacity, rows, first=ends)
+    counts = windows(replay, 150, 307, length, favor_ends=True)
+    last = [(25 - 5, 0), (41 - 5, 0), (30 - 5, 1), (52 - 5, 2)]  # (24 - 5, 2) is overwritten
+    usual = [n for start, n in counts.items() if start not in last]
+    assert len(usual) == (capacity - length + 1) * 3 - len(last)
+    for start in last:
+        assert counts[start] / np.mean(usual) == pytest.approx(length + 1, rel=0.1)
+    expected = 150 * 307 / (len(usual) + (length + 1) * len(last))
+    chi_square = sum((n - expected) ** 2 / expected for n in usual)
+    assert abs(chi_square - len(usual)) < 5 * np.sqrt(2 * len(usual))
+
+
+def test_an_overwritten_reset_favors_nothing(tmp_path):
+    replay = filled(tmp_path, 16, 40, num_envs=2, first=lambda: {10: (0,), 14: (1,), 24: (0,)})
+    # Of rows 24..39 the first one is a reset, whose episode is gone.
+    counts = windows(replay, 60, 101, 6, favor_ends=True)
+    assert len(counts) == 11 * 2
+    assert max(counts.values()) < 2 * min(counts.values())
+
+
+def test_without_favored_ends_no_window_is_special(tmp_path):
+    counts = windows(filled(tmp_path, 40, 60, first=ends), 100, 211, 5)
+    assert max(counts.values()) < 2 * min(counts.values())
+
+
+# The disk
+def test_images_lie_on_the_disk_once_and_as_bytes(tmp_path):
+    shapes = {"image": ((3, 64, 64), np.uint8), **SHAPES}
+    replay = common.Replay(tmp_path, 37, shapes, 2, 0)
+    image = np.random.default_rng(0).integers(256, size=(2, 3, 64, 64), dtype=np.uint8)
+    replay.add({"image": image, **make_row(0, 2)})
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
+    row = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+    assert sizes["image"] - 37 * 2 * 3 * 64 * 64 < 256  # but for the header
+    assert 0 < sum(sizes.values()) - 37 * 2 * row < 256 * len(sizes)
+    batch = replay.sample(1, 1)
+    assert batch["image"].dtype == torch.uint8
+    np.testing.assert_array_equal(batch["image"][0, 0], image[int(batch["vector"][0, 0, 1])])
+
+
+def test_the_disk_is_really_allocated_at_the_start(tmp_path):
+    common.Replay(tmp_path, 4096, {"image": ((1, 64, 64), np.uint8), **SHAPES}, 2, 0)
+    stat = (tmp_path / "image.npy").stat()
+    assert stat.st_size > 4096 * 2 * 64 * 64
+    assert stat.st_blocks * 512 >= stat.st_size
+
+
+def test_numpy_alone_reads_the_rows(tmp_path):
+    replay = filled(tmp_path, 10, 14)
+    replay.state_dict()
+    vector = np.load(tmp_path / "vector.npy")
+    assert vector.shape == (10, 3, 2)
+    assert vector[:, 2, 0].tolist() == [10, 11, 12, 13, 4, 5, 6, 7, 8, 9]
+    assert (vector[..., 1] == np.arange(3)).all()
+
+
+def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
+    envs = common.make_envs(2, env_id="Pendulum-v1", seed=1)
+    shapes = common.row_shapes(envs)
+    row = common.reset_rows(envs)
+    assert set(shapes) == set(row)
+    assert {k: v.shape[1:] for k, v in row.items()} == {k: s for k, (s, _) in shapes.items()}
+    replay = common.Replay(tmp_path, 10, shapes, 2, 0)
+    replay.add(row)
+    for key, value in replay.sample(1, 1).items():
+        assert value[0, 0].numpy() in row[key], key
+    envs.close()
+
+
+def test_a_disk_that_is_too_small_is_a_user_error(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
+    shapes = {"image": ((1, 64, 64), np.uint8), "reward": ((), np.float32)}
+    assert common.check_disk(shapes, 2**18) == pytest.approx(1.001, abs=0.001)  # GiB
+    with pytest.raises(common.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
+        common.check_disk(shapes, 2**20)
+
+
+def test_files_of_another_shape_are_a_user_error(tmp_path):
+    filled(tmp_path, 10, 5)
+    with pytest.raises(common.UserError, match="npy"):
+        common.Replay(tmp_path, 10, SHAPES, 4, 0)
+
+
+def anonymous_memory():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_drawing_takes_no_memory_that_the_system_cannot_take_back(tmp_path):
+    shapes = {"image": ((3, 64, 64), np.uint8), **SHAPES}
+    replay = common.Replay(tmp_path, 10_000, shapes, 2, 0)
+    rng = np.random.default_rng(0)
+    image = rng.integers(256, size=(2, 3, 64, 64), dtype=np.uint8)
+    row = {"image": image, **make_row(1, 2)}
+    for _ in range(100):
+        replay.add(row)
+    replay.sample(16, 50)
+    before = anonymous_memory()
+    for _ in range(9900):
+        replay.add(row)
+    for _ in range(100):
+        replay.sample(16, 50, favor_ends=True)
+    assert anonymous_memory() - before < 50 * 2**20  # of 234 MiB
+
+
+# Resume
+def resume(folder, capacity, state):
+    """The replay of a process that goes on after a checkpoint."""
+    replay = common.Replay(folder, capacity, SHAPES, 3, 12)
+    replay.load_state_dict(state)
+    return replay
+
+
+def test_a_resumed_replay_draws_what_the_undisturbed_one_would_have(tmp_path):
+    replay = filled(tmp_path, 40, 57)
+    replay.sample(9, 5)
+    state = replay.state_dict()
+    undisturbed = replay.sample(9, 5)["vector"]
+    resumed = resume(tmp_path, 99, state)
+    assert (resumed.capacity, resumed.start, resumed.end) == (40, 17, 57)
+    assert resumed.sample(9, 5)["vector"].equal(undisturbed)
+    resumed.add(make_row(57))
+    assert set(windows(resumed, 60, 101, 7)) == {
+        (row, env) for row in range(18, 58 - 6) for env in range(3)
+    }
+
+
+def test_a_checkpoint_can_carry_the_state(tmp_path):
+    replay = filled(tmp_path, 40, 57)
+    common.save_checkpoint(tmp_path, {"replay": replay.state_dict()})
+    state = common.load_checkpoint(tmp_path, "cpu")["replay"]
+    resumed = resume(tmp_path, 40, state)
+    assert resumed.sample(9, 5)["vector"].equal(replay.sample(9, 5)["vector"])
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    replay = filled(tmp_path, 100, 30)
+    state = replay.state_dict()
+    for number in range(30, 45):
+        replay.add(make_row(1000 + number))
+    resumed = resume(tmp_path, 100, state)
+    assert {row for row, _ in windows(resumed, 40, 101, 7)} == set(range(30 - 6))
+    resumed.add(make_row(30))
+    assert {row for row, _ in windows(resumed, 40, 101, 7)} == set(range(31 - 6))
+
+
+def test_rows_that_were_overwritten_after_the_checkpoint_are_not_drawn(tmp_path):
+    replay = filled(tmp_path, 40, 57)  # rows 17..56
+    state = replay.state_dict()
+    for number in range(57, 70):  # which overwrite rows 17..29
+        replay.add(make_row(1000 + number))
+    resumed = resume(tmp_path, 40, state)
+    counts = windows(resumed, 60, 101, 7)
+    assert set(counts) == {(row, env) for row in range(30, 57 - 6) for env in range(3)}
+    # A second crash after fewer rows than the first: the overwritten ones are gone all the same.
+    resumed.add(make_row(57))
+    state = resumed.state_dict()
+    again = resume(tmp_path, 40, state)
+    assert {row for row, _ in windows(again, 40, 101, 7)} == set(range(30, 58 - 6))
+    for number in range(58, 150):
+        again.add(make_row(number))
+    assert {row for row, _ in windows(again, 60, 101, 7)} == set(range(110, 150 - 6))
+
+
+def test_resets_that_were_dropped_or_overwritten_favor_nothing(tmp_path):
+    replay = filled(tmp_path, 40, 57, first=lambda: {35: (1,), 22: (0,)})
+    state = replay.state_dict()
+    for number in range(57, 70):
+        replay.add(make_row(number, first=(0, 1, 2) if number == 66 else ()))
+    resumed = resume(tmp_path, 40, state)
+    counts = windows(resumed, 100, 301, 5, favor_ends=True)
+    favored = {start for start, n in counts.items() if n > 3 * np.median(list(counts.values()))}
+    assert favored == {(30, 1)}
+    assert set(counts) == {(row, env) for row in range(30, 57 - 4) for env in range(3)}
+
+
+def test_a_replay_whose_rows_were_all_overwritten_begins_anew(tmp_path):
+    replay = filled(tmp_path, 20, 30)
+    state = replay.state_dict()
+    for number in range(30, 65):
+        replay.add(make_row(1000 + number))
+    resumed = resume(tmp_path, 20, state)
+    assert resumed.end - resumed.start == 0
+    for number in range(30, 40):
+        resumed.add(make_row(number))
+    assert {row for row, _ in windows(resumed, 20, 51, 7)} == set(range(30, 40 - 6))
+
+
+def test_a_state_never_knows_more_rows_than_the_disk_holds(tmp_path, monkeypatch):
+    replay, flushed = filled(tmp_path, 40, 57), []
+    monkeypatch.setattr(np.memmap, "flush", lambda self: flushed.append(self.filename))
+    replay.state_dict()
+    names = {os.path.basename(name) for name in flushed}
+    assert names == {f"{name}.npy" for name in (*SHAPES, "written")}

@@ -1,0 +1,560 @@
+"""The scripts as a user runs them: what a run leaves, how it stops and goes on, what it refuses.
+
+Most runs are subprocesses in a folder of their own, small enough for a few seconds each.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["dreamerv2.py"]
+SIZES = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
+    --pretrain 2 --train-every 20 --prefill 200 --eval-episodes 2 --threads 1"""
+SMALL = f"--total-frames 300 {SIZES}"
+CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}
+
+ENVS = """
+import gymnasium as gym
+import numpy as np
+
+box = gym.spaces.Box(-1, 1, (2,))
+SPACES = {
+    "MultiDiscrete": (box, gym.spaces.MultiDiscrete([2, 3])),
+    "Tuple": (gym.spaces.Tuple([box, box]), gym.spaces.Discrete(2)),
+    "Infinite": (box, gym.spaces.Discrete(2)),
+}
+
+
+class Env(gym.Env):
+    steps = 0
+
+    def __init__(self, kind, render_mode=None):
+        self.observation_space, self.action_space = SPACES[kind]
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        Env.steps += 1
+        return np.zeros(2, np.float32), np.inf if Env.steps > 250 else 0.0, False, False, {}
+
+
+for kind in SPACES:
+    gym.register(f"{kind}-v0", Env, kwargs={"kind": kind}, max_episode_steps=30)
+"""
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+def start(script, flags, cwd, root=ROOT):
+    """A script in a process of its own, which finds modules of environments in `cwd`."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    command = [sys.executable, str(root / script), *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environ, **pipes)
+
+
+def finish(process, code=0, timeout=120):
+    """Waits for the process -> its code, out and err; none of them may hold a traceback."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert "Traceback" not in out + err
+    return SimpleNamespace(out=out, err=err)
+
+
+def play(script, flags, cwd, root=ROOT):
+    """A whole run -> its folder, its rows of metrics, what it printed."""
+    done = finish(start(script, flags, cwd, root))
+    [folder] = (cwd / "runs").iterdir()
+    return SimpleNamespace(cwd=cwd, folder=folder, rows=metrics(folder), **vars(done))
+
+
+def play_here(script, flags, code=0):
+    """A whole run in this process and folder -> its rows of metrics."""
+    module = importlib.import_module(Path(script).stem)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert exit_.value.code == code
+    [folder] = Path("runs").iterdir()
+    return metrics(folder)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def counters(folder):
+    """Agent steps and updates of the checkpoint, in which nothing but tensors and numbers lies."""
+    step, updates, *_ = torch.load(folder / "checkpoint.pt", weights_only=True)["counters"]
+    return step, updates
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+
+
+def assert_learnt(rows):
+    """Updates beyond those of pretraining, losses of all three, evaluation, nothing infinite."""
+    tags = set().union(*rows)
+    assert tags >= {"losses/model", "losses/kl", "losses/reward", "losses/actor", "losses/critic"}
+    assert tags >= {"eval/episodic_return", "replay/rows"}
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(list(row)[:3] == ["frames", "updates", "seconds"] for row in rows)
+    for key in ("frames", "updates", "seconds"):
+        assert all(a[key] <= b[key] for a, b in pairwise(rows)), key
+    assert rows[-1]["updates"] > 2
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small(script, tmp_path_factory):
+    """A run that the tests below look at; those that change it take a copy."""
+    return play(script, f"--env-id CartPole-v1 {SMALL}", tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def copied(small, tmp_path):
+    shutil.copytree(small.cwd, tmp_path, dirs_exist_ok=True)
+    return tmp_path / small.folder.relative_to(small.cwd)
+
+
+@pytest.fixture(scope="module")
+def mine(script, tmp_path_factory):
+    """The same run by a copy of the script under another name."""
+    root = tmp_path_factory.mktemp("mine")
+    shutil.copy(ROOT / "common.py", root)
+    shutil.copy(ROOT / script, root / "mine.py")
+    return play("mine.py", f"--env-id CartPole-v1 {SMALL}", root, root)
+
+
+# A run
+def test_a_run_learns_with_finite_losses(small):
+    assert_learnt(small.rows)
+    assert small.rows[-1]["frames"] == 300
+    assert {"charts/episodic_return", "charts/episodic_length"} < set().union(*small.rows)
+
+
+def test_a_run_says_at_the_start_what_it_runs_on(small):
+    for word in ("CartPole-v1", "cpu", "float32", str(small.folder.name), "parameters", "replay"):
+        assert word in small.out
+
+
+def test_a_run_folder_can_be_read_without_our_code(small, script):
+    args = yaml.safe_load((small.folder / "args.yaml").read_text())
+    assert args["env_id"] == "CartPole-v1"
+    assert args["deter"] == 16
+    name = f"CartPole-v1__{Path(script).stem}__1__"
+    assert small.folder.name.startswith(name)
+    assert list(small.folder.glob("events.out.tfevents.*"))
+    rows = small.rows[-2]["replay/rows"]
+    replay = {path.stem: np.load(path) for path in (small.folder / "replay").glob("*.npy")}
+    assert set(replay) >= {"vector", "action", "reward", "is_first", "is_terminal"}
+    assert replay["vector"].shape[1:] == (1, 4)
+    assert replay["reward"].sum() == 300  # CartPole gives 1 for every step
+    assert replay["is_first"].sum() == rows - 300
+    assert counters(small.folder) == (300, small.rows[-1]["updates"])
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl(small):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(small.folder)).Reload()
+    for tag in ("losses/model", "eval/episodic_return", "charts/episodic_return"):
+        ours = [(row["frames"], row[tag]) for row in small.rows if tag in row]
+        theirs = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert np.array(theirs) == pytest.approx(np.array(ours)), tag
+
+
+def test_a_copy_of_the_script_runs_and_logs_under_its_own_name(mine):
+    assert mine.folder.name.startswith("CartPole-v1__mine__1__")
+    assert_learnt(mine.rows)
+
+
+def test_the_same_seed_gives_the_same_metrics(small, mine):
+    assert without_clock(mine.rows) == without_clock(small.rows)
+
+
+def test_another_seed_gives_other_metrics(script, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = play_here(script, f"--env-id CartPole-v1 {SMALL} --seed 2")
+    for tag in ("charts/episodic_return", "losses/model"):
+        ours, theirs = ([row[tag] for row in rows if tag in row] for rows in (small.rows, other))
+        assert ours
+        assert ours != theirs, tag
+
+
+SETTINGS = [
+    "--env-id Pendulum-v1 --num-envs 3",
+    "--env-id CartPole-v1 --pixels",
+    "--env-id dm_control/cartpole-swingup-v0 --observation vector --total-frames 600",
+]
+SLOW_SETTINGS = [
+    "--env-id CartPole-v1 --num-envs 3 --async-envs",
+    "--env-id Pendulum-v1 --pixels --grayscale --num-envs 2",
+    "--env-id Pendulum-v1 --actor-dist tanh_normal",
+    "--env-id CartPole-v1 --precision bfloat16",
+    "--env-id CartPole-v1 --observation both",
+    "--env-id CartPole-v1 --torch-deterministic --action-repeat 2 --total-frames 600",
+    "--env-id dm_control/cartpole-swingup-v0 --total-frames 600",
+    "--env-id dmc/cartpole-swingup --observation both --total-frames 600",
+    "--env-id PongNoFrameskip-v4 --total-frames 1200 --time-limit 400",
+    "--env-id ALE/Pong-v5 --total-frames 1200 --time-limit 400 --no-grayscale --num-envs 2",
+]
+
+
+@pytest.mark.parametrize(
+    "flags", [*SETTINGS, *(pytest.param(flags, marks=pytest.mark.slow) for flags in SLOW_SETTINGS)]
+)
+def test_a_run_learns_on_every_kind_of_environment(script, tmp_path, flags):
+    run = play(script, f"{SMALL} {flags}", tmp_path)
+    assert_learnt(run.rows)
+    total = int(re.findall(r"--total-frames (\d+)", f"{SMALL} {flags}")[-1])
+    assert total <= run.rows[-1]["frames"] < total + 20
+    if "--num-envs" in flags:
+        assert np.load(run.folder / "replay" / "reward.npy").shape[1] == int(flags.split()[3])
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_metrics_of_one(script, tmp_path):
+    runs = []
+    for name, flag in (("one", ""), ("several", "--async-envs")):
+        (tmp_path / name).mkdir()
+        flags = f"--env-id CartPole-v1 --num-envs 3 {SMALL} {flag}"
+        runs.append(without_clock(play(script, flags, tmp_path / name).rows))
+    assert runs[0] == runs[1]
+
+
+# Videos
+@pytest.mark.slow
+def test_capture_video_films_an_episode_of_each_evaluation(script, tmp_path):
+    flags = (
+        f"--env-id CartPole-v1 {SMALL} --pixels --capture-video --eval-every 150 --video-every 250"
+    )
+    run = play(script, flags, tmp_path)
+    evaluations = [row for row in run.rows if "eval/episodic_return" in row]
+    films = sorted((run.folder / "videos").glob("*episode*.gif"))
+    assert len(films) == len(evaluations) == 2
+    dreams = list((run.folder / "videos").glob("open_loop*.gif"))
+    assert len(dreams) == 1
+    for path in [*films, *dreams]:
+        with Image.open(path) as film:
+            assert film.n_frames > 3
+    before = contents(run.folder)
+    finish(start(script, f"--evaluate {run.folder} --capture-video", tmp_path))
+    new = set(contents(run.folder)) - set(before)
+    assert [path.suffix for path in new] == [".gif"]
+
+
+# Going on
+@pytest.fixture(scope="module")
+def resumed(script, small, tmp_path_factory):
+    """The small run, 100 frames further."""
+    cwd = tmp_path_factory.mktemp("resumed")
+    shutil.copytree(small.cwd, cwd, dirs_exist_ok=True)
+    flags = f"--resume {small.folder.relative_to(small.cwd)} --total-frames 400 --log-every 1"
+    return play(script, flags, cwd)
+
+
+def test_resume_goes_on_where_the_run_stopped(small, resumed):
+    assert resumed.folder.name == small.folder.name
+    assert_learnt(resumed.rows)  # all rows, so that counters never fall
+    old, new = resumed.rows[: len(small.rows)], resumed.rows[len(small.rows) :]
+    assert old == small.rows
+    assert new[0]["frames"] == 301
+    assert new[-1]["frames"] == 400
+    assert new[0]["updates"] == old[-1]["updates"]
+    assert new[-1]["updates"] == old[-1]["updates"] + 5
+    assert counters(resumed.folder) == (400, new[-1]["updates"])
+
+
+def test_resume_restores_the_replay(small, resumed):
+    old, new = (
+        {path.stem: np.load(path) for path in (run.folder / "replay").glob("*.npy")}
+        for run in (small, resumed)
+    )
+    before, after = (
+        next(int(row["replay/rows"]) for row in reversed(run.rows) if "replay/rows" in row)
+        for run in (small, resumed)
+    )
+    for name in ("vector", "action", "reward", "is_first", "is_terminal"):
+        assert np.array_equal(new[name][:before], old[name][:before]), name
+    assert new["is_first"][before] == 1
+    assert after == before + 100 + new["is_first"][before:after].sum()  # resets are rows as well
+    assert new["reward"][:after].sum() == 400
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint(script, tmp_path):
+    flags = f"--env-id CartPole-v1 {SIZES} --total-frames 100000 --checkpoint-every 250"
+    process = start(script, flags, tmp_path)
+    folder = wait_for(tmp_path, lambda folder: (folder / "checkpoint.pt").exists())
+    rows_before = len(metrics(folder))
+    wait_for(tmp_path, lambda folder: len(metrics(folder)) > rows_before + 3)
+    process.kill()
+    process.communicate()
+    step, updates = counters(folder)
+    total = step + 100
+    finish(start(script, f"--resume {folder} --total-frames {total}", tmp_path))
+    rows = metrics(folder)
+    assert_learnt(rows)
+    assert rows[-1]["frames"] == total
+    assert rows[-1]["updates"] > updates
+
+
+def wait_for(cwd, ready, timeout=60):
+    """Waits until ready(run folder) -> the run folder."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        for folder in cwd.glob("runs/*"):
+            if (folder / "metrics.jsonl").exists() and ready(folder):
+                return folder
+    raise AssertionError(f"not ready within {timeout} s")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
+    script, tmp_path, number, code
+):
+    flags = f"--env-id CartPole-v1 {SIZES} --total-frames 100000 --log-every 50"
+    process = start(script, flags, tmp_path)
+    folder = wait_for(
+        tmp_path, lambda folder: '"updates": 5' in (folder / "metrics.jsonl").read_text()
+    )
+    assert not (folder / "checkpoint.pt").exists()
+    process.send_signal(number)
+    done = finish(process, code)
+    step, updates = counters(folder)
+    assert updates >= 5
+    assert metrics(folder)[-1]["frames"] == step
+    [line] = [line for line in done.out.splitlines() if "--resume" in line]
+    assert f"{script} --resume {folder.relative_to(tmp_path)}" in line
+
+
+def test_a_signal_in_an_evaluation_ends_a_run_with_a_checkpoint(script, tmp_path, monkeypatch):
+    def interrupted(envs, act, episodes, film=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return np.zeros(episodes), []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "evaluate", interrupted)
+    flags = f"--env-id CartPole-v1 {SIZES} --total-frames 1000 --eval-every 250"
+    play_here(script, flags, code=143)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert counters(folder)[0] in (250, 251)
+
+
+# Evaluation
+def test_evaluate_prints_the_mean_and_leaves_the_run_as_it_is(script, small, copied):
+    before = contents(copied)
+    flags = f"--evaluate {copied.relative_to(copied.parents[1])} --eval-episodes 3"
+    done = finish(start(script, flags, copied.parents[1]))
+    [line] = done.out.splitlines()
+    mean = re.search(r"(\d+\.\d) \+- \d+\.\d in 3 episodes", line)[1]
+    assert 8 <= float(mean) <= 500  # what an episode of CartPole can give
+    assert contents(copied) == before
+    assert [folder.name for folder in copied.parent.iterdir()] == [small.folder.name]
+
+
+# What a run refuses
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(script, tmp_path):
+    (tmp_path / "odd_envs.py").write_text(ENVS)
+    flags = f"--env-id odd_envs:Infinite-v0 {SIZES} --total-frames 1000 --checkpoint-every 240"
+    done = finish(start(script, flags, tmp_path), code=1)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert counters(folder)[0] == 240
+    weights = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    [line] = [line for line in done.err.splitlines() if "error:" in line]
+    assert re.match(r"error: .*update \d+.*losses/reward", line)
+
+
+def refuse(script, flags, capsys):
+    """Runs main in this process -> what it says on stderr; it must exit with code 2."""
+    module = importlib.import_module(Path(script).stem)
+    with pytest.raises(SystemExit) as exit_, common.exit_on_error():
+        module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
+    assert exit_.value.code == 2
+    assert not Path("runs").exists()
+    return capsys.readouterr().err
+
+
+BAD = {
+    "--env-id CartPol-v1": "CartPol-v1.*CartPole-v1",
+    "--env-id Nothing/Like-this-v0": "no Nothing/Like-this-v0",
+    "--env-id no_module:Thing-v0": "no_module",
+    "--env-id dm_control/walker-wlk-v0": "dm_control/walker-wlk-v0.*walker-walk",
+    "--env-id odd_envs:MultiDiscrete-v0": "MultiDiscrete.*only Discrete and Box",
+    "--env-id odd_envs:Tuple-v0": "Tuple.*only Box",
+    "--env-id PongNoFrameskip-v4 --observation vector": "vector",
+    "--env-id CartPole-v1 --batch-length 201": "batch-length 201.*prefill",
+    "--env-id CartPole-v1 --num-envs 40": "batch-length 7.*prefill",
+    "--env-id CartPole-v1 --batch-length 50 --replay-size 40": "batch-length 50.*replay-size",
+    "--env-id CartPole-v1 --batch-size 0": "--batch-size is 0",
+    "--env-id CartPole-v1 --batch-length -3": "--batch-length is -3",
+    "--env-id CartPole-v1 --deter -16": "--deter is -16",
+    "--env-id CartPole-v1 --units 0": "--units is 0",
+    "--env-id CartPole-v1 --num-envs 0": "--num-envs is 0",
+    "--env-id CartPole-v1 --train-every 0": "--train-every is 0",
+    "--env-id CartPole-v1 --total-frames -1": "--total-frames is -1",
+    "--env-id CartPole-v1 --imag-horizon 0": "--imag-horizon is 0",
+    "--env-id CartPole-v1 --prefill -1": "--prefill is -1",
+    "--env-id CartPole-v1 --model-lr 0": "--model-lr is 0",
+    "--env-id CartPole-v1 --model-lr nan": "--model-lr is nan",
+    "--env-id CartPole-v1 --seed -1": "--seed is -1",
+    "--env-id CartPole-v1 --pixels --replay-size 1000000000000 --total-frames 1000000000000":
+        "GiB.*replay-size",
+    "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for discrete",
+    "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous",
+    "--env-id CartPole-v1 --track": "--track.*pip install wandb",
+    "--resume nowhere": "nowhere is no run folder",
+    "--evaluate nowhere": "nowhere is no run folder",
+    "--resume empty": "empty is no run folder",
+    "--resume foreign": "foreign is a run of another script",
+    "--resume begun": "begun has no checkpoint",
+    "--evaluate begun": "begun has no checkpoint",
+    "--resume begun --deter 32": "cannot change deter",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_refused_in_one_line(script, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    (tmp_path / "odd_envs.py").write_text(ENVS)
+    args = importlib.import_module(Path(script).stem).Args()
+    args = dataclasses.asdict(dataclasses.replace(args, env_id="CartPole-v1"))
+    for name, content in (("foreign", {"env_id": "CartPole-v1"}), ("begun", args), ("empty", None)):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "args.yaml").write_text(yaml.safe_dump(content))
+    before = contents(tmp_path)
+    message = refuse(script, flags if "begun" in flags else f"{SMALL} {flags}", capsys)
+    assert re.fullmatch(f"error: [^\n]*{BAD[flags]}[^\n]*\n", message), message
+    assert set(contents(tmp_path)) - set(before) <= set((tmp_path / "__pycache__").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--frobnicate 3", ["--frobnicate"]),
+        ("--act gelu", ["--act", "gelu", "elu", "silu"]),
+        ("--deter many", ["--deter", "many"]),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_named(script, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    message = refuse(script, f"--env-id CartPole-v1 {flags}", capsys)
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+
+
+def test_the_script_itself_exits_with_code_2_and_one_line(script, tmp_path):
+    done = finish(start(script, "--env-id CartPol-v1", tmp_path), code=2)
+    assert done.out == ""
+    assert re.fullmatch(r"error: no CartPol-v1; nearest: CartPole-v1[^\n]*\n", done.err)
+    assert not list(tmp_path.iterdir())
+
+
+# Help
+IDS = ["CartPole-v1", "PongNoFrameskip-v4", "dm_control/walker-walk-v0"]
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_help_shows_the_values_in_force_for_the_id(script, monkeypatch, capsys, env_id):
+    module = importlib.import_module(Path(script).stem)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_:
+        common.parse_args(module.Args, module.PRESETS, ["--env-id", env_id, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    preset = {"C": "other", "P": "atari", "d": "dmc_pixels"}[env_id[0]]
+    in_force = dataclasses.asdict(module.Args()) | module.PRESETS[preset] | {"env_id": env_id}
+    for name in (
+        "env_id",
+        "total_frames",
+        "action_repeat",
+        "prefill",
+        "deter",
+        "gamma",
+        "model_lr",
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        shown = re.search(rf"{flag} [A-Z]+ .*?\(default: ([^)]*)\)", text, re.DOTALL)
+        assert shown[1] == str(in_force[name]), name
+    totals = {module.PRESETS[name].get("total_frames") for name in ("other", "atari", "dmc_pixels")}
+    assert len(totals) == 3
+
+
+# The paper's sizes
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env_id", "flags", "updates"),
+    [
+        ("PongNoFrameskip-v4", "--prefill 500 --total-frames 2256 --log-every 64", 5),
+        (
+            "dm_control/walker-walk-v0",
+            "--prefill 200 --pretrain 1 --total-frames 412 --log-every 2",
+            3,
+        ),
+    ],
+)
+def test_full_size_learns_in_memory_that_does_not_grow(script, tmp_path, env_id, flags, updates):
+    flags = f"--env-id {env_id} {flags} --time-limit 100 --eval-episodes 1 --threads 1"
+    process = start(script, flags, tmp_path)
+    samples = []  # updates, MiB
+    while process.poll() is None:
+        time.sleep(0.1)
+        for path in tmp_path.glob("runs/*/metrics.jsonl"):
+            rows = path.read_text().splitlines()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if rows and "RssAnon" in status:
+                anon = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
+                samples.append((json.loads(rows[-1])["updates"], anon))
+    finish(process)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert_learnt(metrics(folder))
+    assert metrics(folder)[-1]["updates"] >= updates
+    early, late = (
+        max(anon for seen, anon in samples if (seen <= updates // 2 + 1) == first)
+        for first in (True, False)
+    )
+    assert late < 1.2 * early
