@@ -440,12 +440,25 @@ def setup(seed, cuda, deterministic, threads):
     return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
 
 
+def get_rng():
+    """The states of torch's generators, of the CPU and of each GPU."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_rng(states):
+    torch.set_rng_state(states[0].cpu())
+    if torch.cuda.device_count() == len(states) - 1:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+
+
 @contextlib.contextmanager
 def frozen(module):
     """Gradients flow through the module, but not into its parameters."""
     module.requires_grad_(False)
-    yield
-    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
 
 
 def opt_step(optimizer, loss, clip):

@@ -17,7 +17,8 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
 Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imagined states,
-A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector. A scalar is (T, B).
+A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector.
+A scalar per step is (T, B).
 """
 
 import functools
@@ -32,10 +33,10 @@ import common  # first, because it checks the version of Python
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import distributions as D
+from torch import distributions as td
 from torch import nn
 
-D.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
+td.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
 
 
 @dataclass
@@ -124,8 +125,8 @@ DMC = {
 }  # fmt: skip
 SMALL = {
     "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "grayscale": False, "threads": 1,
-    "prefill": 1000, "favor_ends": False, "batch_length": 32, "deter": 128, "hidden": 128, "stoch": 8,
-    "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2, "act": "silu", "norm": "layer",
+    "prefill": 1000, "favor_ends": False, "batch_size": 8, "batch_length": 32, "deter": 128,
+    "hidden": 128, "stoch": 8, "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2, "act": "silu", "norm": "layer",
     "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
     "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 3e-4,
     "log_every": 1000, "eval_every": 5000, "eval_episodes": 20, "video_every": 5000,
@@ -134,18 +135,11 @@ SMALL = {
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
 
-# Keras's defaults are part of the published agent: Glorot-uniform weights, zero biases, norms' eps.
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of (N, C, H, W), each pixel its own."""
 
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def init_weights(module):
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 def block(layer, args):
@@ -283,17 +277,15 @@ class OneHot:
     def entropy(self):
         return -(self.logp.exp() * self.logp).sum(-1)
 
-
-@D.register_kl(OneHot, OneHot)
-def kl_one_hot(p, q):
-    return (p.logp.exp() * (p.logp - q.logp)).sum(-1)
+    def kl(self, other):
+        return (self.logp.exp() * (self.logp - other.logp)).sum(-1)
 
 
 class TruncNormal:
     """Gaussians cut off outside [-1, 1], (..., A); torch has none with gradients and entropy."""
 
     def __init__(self, mean, std):
-        self.normal, self.mode = D.Normal(mean, std), mean
+        self.normal, self.mode = td.Normal(mean, std), mean
         self.low, self.high = (-1 - mean) / std, (1 - mean) / std
         self.cdf_low = torch.special.ndtr(self.low)
         self.mass = torch.special.ndtr(self.high) - self.cdf_low
@@ -313,13 +305,13 @@ class TruncNormal:
         return (self.normal.entropy() + self.mass.log() + cut).sum(-1)
 
 
-class TanhNormal(D.TransformedDistribution):
+class TanhNormal(td.TransformedDistribution):
     """tanh of Gaussians, (..., A); its entropy and mode are found from 100 samples."""
 
     def __init__(self, mean, std):
-        # The cache keeps a sample's value before tanh, so that its own log_prob is exact.
-        tanh = D.TanhTransform(cache_size=1)
-        super().__init__(D.Independent(D.Normal(mean, std), 1), tanh)
+        # The cache keeps the samples of entropy and mode as they were before tanh.
+        tanh = td.TanhTransform(cache_size=1)
+        super().__init__(td.Independent(td.Normal(mean, std), 1), tanh)
 
     def log_prob(self, x):  # of an action that may have been rounded to the bounds
         return super().log_prob(x.clamp(-1 + 1e-6, 1 - 1e-6))
@@ -350,9 +342,10 @@ class Actor(nn.Module):
         if self.dist == "onehot":
             return OneHot(self.out(x))
         mean, std = self.out(x).float(), self.std(x).float()
-        if self.dist == "tanh_normal":
-            return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std) + 0.1)
-        return TruncNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1)
+        if self.dist == "trunc_normal":
+            return TruncNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1)
+        assert self.dist == "tanh_normal", self.dist
+        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std) + 0.1)
 
 
 class RSSM(nn.Module):
@@ -370,12 +363,10 @@ class RSSM(nn.Module):
         self.img_in = block(nn.Linear(self.stoch_size + action_dim, args.hidden), args)
         self.gru = nn.Linear(args.hidden + args.deter, 3 * args.deter)
         self.gru_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
-        self.img_out = self.two_layers(args.deter, stats, args)
-        self.obs_out = self.two_layers(args.deter + embed_size, stats, args)
-
-    def two_layers(self, inputs, outputs, args):
-        hidden = block(nn.Linear(inputs, args.hidden), args)
-        return nn.Sequential(hidden, nn.Linear(args.hidden, outputs))
+        self.img_out, self.obs_out = (
+            nn.Sequential(block(nn.Linear(i, args.hidden), args), nn.Linear(args.hidden, stats))
+            for i in (args.deter, args.deter + embed_size)
+        )
 
     def initial(self, batch):
         """The zero state that every sequence starts from: deter (B, D), stoch (B, S * K)."""
@@ -393,7 +384,7 @@ class RSSM(nn.Module):
         return {"mean": mean, "std": 2 * torch.sigmoid(std / 2) + 0.1}
 
     def dist(self, stats):
-        return OneHot(stats["logit"]) if self.classes else D.Normal(stats["mean"], stats["std"])
+        return OneHot(stats["logit"]) if self.classes else td.Normal(stats["mean"], stats["std"])
 
     def state(self, deter, x):
         """Samples stoch from the linear layer's output x."""
@@ -427,6 +418,7 @@ class RSSM(nn.Module):
 
         Only the recurrence is in the loop; the prior's statistics follow, and are never sampled.
         """
+        is_first = torch.cat([torch.ones_like(is_first[:1]), is_first[1:]])
         state, states = self.initial(embed.shape[1]), []
         for t in range(len(embed)):
             state = self.obs_step(state, action[t], embed[t], is_first[t])
@@ -448,7 +440,8 @@ class RSSM(nn.Module):
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
-        return D.kl_divergence(self.dist(post), self.dist(prior)).sum(-1)
+        post, prior = self.dist(post), self.dist(prior)
+        return (post.kl(prior) if self.classes else td.kl_divergence(post, prior)).sum(-1)
 
 
 def stack(states):
@@ -462,11 +455,11 @@ def detach(tensors):
 class WorldModel(nn.Module):
     """Encoder, RSSM, and the heads that predict observation, reward and discount."""
 
-    def __init__(self, shapes, action_dim, args):
+    def __init__(self, shapes, args):
         super().__init__()
         self.args = args
         self.encoder = Encoder(shapes, args)
-        self.rssm = RSSM(self.encoder.size, action_dim, args)
+        self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
         reward_head = {"normal": Head, "twohot": TwoHotHead}[args.reward_head]
         self.reward = reward_head(self.rssm.feat_size, args)
@@ -475,13 +468,12 @@ class WorldModel(nn.Module):
     def loss(self, batch):
         """Eq. 2: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
         args = self.args
-        is_first = torch.cat([torch.ones_like(batch["is_first"][:1]), batch["is_first"][1:]])
-        post, prior = self.rssm.observe(self.encoder(batch), batch["action"], is_first)
+        post, prior = self.rssm.observe(self.encoder(batch), batch["action"], batch["is_first"])
         feat = self.rssm.feat(post)  # (T, B, F)
         losses = {}
         for key, recon in self.decoder(feat).items():  # summed over pixels, means over T and B
             target = pixels(batch[key]) if key == "image" else batch[key]
-            losses[key] = 0.5 * F.mse_loss(recon, target, reduction="sum") / is_first.numel()
+            losses[key] = 0.5 * F.mse_loss(recon, target, reduction="sum") / feat[..., 0].numel()
         reward = torch.tanh(batch["reward"]) if args.reward_transform == "tanh" else batch["reward"]
         losses["reward"] = self.reward.loss(feat, reward).mean()
         if self.discount:
@@ -494,7 +486,9 @@ class WorldModel(nn.Module):
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()
         for name, state in (("post", post), ("prior", prior)):
-            metrics[f"model/{name}_entropy"] = self.rssm.dist(state).entropy().sum(-1).mean()
+            metrics[f"model/{name}_entropy"] = (
+                self.rssm.dist(detach(state)).entropy().sum(-1).mean()
+            )
         return loss, post, detach(metrics)
 
     def kl_loss(self, post, prior):
@@ -504,16 +498,17 @@ class WorldModel(nn.Module):
             kl = self.rssm.kl(post, prior)
             return kl.clamp(min=free).mean(), kl
         to_post, to_prior = self.rssm.kl(detach(post), prior), self.rssm.kl(post, detach(prior))
-        mean = (lambda x: x.mean().clamp(min=free)) if self.args.free_avg else (
-            lambda x: x.clamp(min=free).mean())  # fmt: skip
-        alpha = self.args.kl_balance
-        return alpha * mean(to_post) + (1 - alpha) * mean(to_prior), to_post
+        alpha, kl = self.args.kl_balance, to_post
+        if self.args.free_avg:
+            to_post, to_prior = to_post.mean(), to_prior.mean()
+        loss = alpha * to_post.clamp(min=free) + (1 - alpha) * to_prior.clamp(min=free)
+        return loss.mean(), kl
 
     @torch.no_grad()
     def open_loop(self, batch, context=5):
-        """Sees `context` steps, then dreams with the recorded actions -> (T, B, C, 3H, W).
+        """Sees `context` steps, then dreams with the recorded actions, over resets as well.
 
-        Above one another: truth, model, error.
+        -> truth, model and error above one another: (T, B, C, 3H, W)
         """
         first = {k: v[:context] for k, v in batch.items()}
         state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
@@ -566,30 +561,24 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
     prediction = critic(feat[:-1].detach())  # (I-1, N)
     actor_loss = -(weight[:-2] * objective).mean()  # Eq. 6
     critic_loss = (weight[:-1] * 0.5 * (prediction - ret.detach()).square()).mean()  # Eq. 5
-    metrics = {
-        "losses/actor": actor_loss,
-        "losses/critic": critic_loss,
-        "imag/actor_entropy": entropy.mean(),
-        "imag/reward": reward.mean(),
-        "imag/discount": disc.mean(),
-        "imag/return": ret.mean(),
-        "imag/value": prediction.mean(),
-        "imag/slow_value": value.mean(),
-    }
+    metrics = {"actor_entropy": entropy, "reward": reward, "discount": disc, "return": ret}
+    metrics |= {"value": prediction, "slow_value": value}
+    metrics = {f"imag/{k}": v.mean() for k, v in metrics.items()}
+    metrics |= {"losses/actor": actor_loss, "losses/critic": critic_loss}
     return actor_loss, critic_loss, detach(metrics)
 
 
 def make_agent(shapes, args):
-    """world_model, actor, critic and slow_critic with fresh weights.
-
-    shapes: action (A,), image (C, 64, 64) and/or vector (V,)
-    """
-    action_dim = shapes["action"][0]
-    world_model = WorldModel(shapes, action_dim, args)
+    """Fresh networks; shapes: action (A,), image (C, 64, 64) and/or vector (V,)."""
+    world_model = WorldModel(shapes, args)
     feat_size = world_model.rssm.feat_size
-    agent = nn.ModuleDict({"world_model": world_model, "actor": Actor(feat_size, action_dim, args)})
-    agent["critic"], agent["slow_critic"] = Head(feat_size, args), Head(feat_size, args)
-    agent.apply(init_weights)
+    agent = {"world_model": world_model, "actor": Actor(feat_size, shapes["action"][0], args)}
+    agent |= {"critic": Head(feat_size, args), "slow_critic": Head(feat_size, args)}
+    agent = nn.ModuleDict(agent)
+    for module in agent.modules():  # as Keras has it, unasked
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
     if args.reward_head == "twohot":
         nn.init.zeros_(world_model.reward.out.weight)  # the outer bins are huge: begin at 0
     agent["slow_critic"].requires_grad_(False)
@@ -598,28 +587,26 @@ def make_agent(shapes, args):
 
 def make_optimizers(agent, args):
     """One Adam each for world model, actor and critic."""
-    rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
     adam = functools.partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
-    # AdamW multiplies its decay with the learning rate, the authors' does not.
-    decay = args.weight_decay
-    return {k: adam(agent[k].parameters(), lr, weight_decay=decay / lr) for k, lr in rates.items()}
+    rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
+    # AdamW multiplies the decay with the learning rate, the authors' Adam does not.
+    decay = {k: args.weight_decay / lr for k, lr in rates.items()}
+    return {k: adam(agent[k].parameters(), rates[k], weight_decay=decay[k]) for k in rates}
 
 
 def update(agent, optimizers, batch, updates, args):
     """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
-    world_model, actor, critic, slow_critic = agent.values()
-    device, bf16 = batch["reward"].device.type, args.precision == "bfloat16"
-    with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        model_loss, post, metrics = world_model.loss(batch)
+    device, bfloat16 = batch["reward"].device.type, args.precision == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+        model_loss, post, metrics = agent["world_model"].loss(batch)
     metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
-    with torch.autocast(device, torch.bfloat16, enabled=bf16):  # in the model after its step
-        actor_loss, critic_loss, imagined = behavior_loss(
-            world_model, actor, critic, slow_critic, post, batch["is_terminal"], args
-        )
+    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):  # in the model after its step
+        losses = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
+        actor_loss, critic_loss, imagined = losses
     metrics["grad_norm/actor"] = common.opt_step(optimizers["actor"], actor_loss, args.clip)
     metrics["grad_norm/critic"] = common.opt_step(optimizers["critic"], critic_loss, args.clip)
     if updates % args.slow_update == 0:
-        slow_critic.load_state_dict(critic.state_dict())
+        agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
     return metrics | imagined
 
 
@@ -643,6 +630,9 @@ def main(args):
     common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
         batch_length deter hidden stoch cnn_depth units layers imag_horizon slow_update train_every
         model_lr actor_lr critic_lr adam_eps clip eval_episodes""")  # fmt: skip
+    if args.imag_horizon < 2:
+        raise common.UserError("--imag-horizon is 1, but the first action is judged by state 2")
+    config = asdict(args)
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -685,18 +675,18 @@ def main(args):
     gib = common.check_disk(shapes, rows * args.num_envs)
     step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    run = run if saved else common.new_run(asdict(args))
+    run = run if saved else common.new_run(config)
     replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
     if saved:
         replay.load_state_dict(saved["replay"])
-        torch.set_rng_state(saved["rng"].cpu())
+        common.set_rng(saved["rng"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; replay: {rows * args.num_envs:,} rows, {gib:.2f} GiB on disk")
-    logger = common.Logger(run, asdict(args), step * args.action_repeat, seconds)
+    logger = common.Logger(run, config, step * args.action_repeat, seconds)
     interrupt, guard = common.Interrupt(), common.FiniteGuard()
 
     row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
@@ -747,7 +737,7 @@ def main(args):
                 "counters": (step, updates, logger.seconds(), common.episodes(envs)),
                 "agent": agent.state_dict(), "replay": replay.state_dict(),
                 "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
-                "rng": torch.get_rng_state(),
+                "rng": common.get_rng(),
             })  # fmt: skip
 
     for closing in (logger, envs, eval_envs):

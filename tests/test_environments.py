@@ -482,19 +482,26 @@ def fake_probe(monkeypatch, works, **environ):
 
 def test_opengl_is_egl_or_else_osmesa(monkeypatch):
     fake_probe(monkeypatch, ["egl", "osmesa"])
-    common.choose_gl()
+    common.choose_gl(needed=True)
     assert common.os.environ["MUJOCO_GL"] == "egl"
     tried = fake_probe(monkeypatch, ["osmesa"])
-    common.choose_gl()
+    common.choose_gl(needed=True)
     assert tried == ["egl", "osmesa"]
     assert common.os.environ["MUJOCO_GL"] == common.os.environ["PYOPENGL_PLATFORM"] == "osmesa"
 
 
 def test_the_users_choice_of_opengl_is_respected(monkeypatch):
     tried = fake_probe(monkeypatch, ["egl", "osmesa"], MUJOCO_GL="glfw")
-    common.choose_gl()
+    common.choose_gl(needed=True)
     assert common.os.environ["MUJOCO_GL"] == "glfw"
     assert tried == []
+
+
+def test_no_opengl_is_no_error_where_none_is_needed(monkeypatch):
+    fake_probe(monkeypatch, [])
+    common.choose_gl(needed=False)
+    assert "MUJOCO_GL" not in common.os.environ
+    assert common.make_env("CartPole-v1", 1, 0, observation="pixels").reset()[0]["image"].std() > 5
 
 
 def test_pixels_without_any_opengl_name_the_package_to_install(monkeypatch):
