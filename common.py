@@ -85,9 +85,8 @@ def parse_args(cls, presets, argv=None):
     args = tyro.cli(cls, default=cls(**default), args=argv)
     changed = {k for k, v in vars(args).items() if v != getattr(cls(**default), k)} - CHANGEABLE
     if given.resume and changed:
-        raise UserError(
-            f"--resume cannot change {', '.join(changed)}, only {', '.join(CHANGEABLE)}"
-        )
+        flags = ["--" + k.replace("_", "-") for k in sorted(changed)]
+        raise UserError(f"{', '.join(flags)} cannot change on --resume")
     return args
 
 
@@ -109,26 +108,25 @@ def preset_name(env_id, observation):
     return "atari" if atari else "other"
 
 
-def make_env(env_id, seed, index, episode=0, *, observation="auto", grayscale=False, action_repeat=1,
+def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False, action_repeat=1,
              time_limit=0, sticky_prob=None, full_action_space=False, render=False):  # fmt: skip
-    """One environment as the scripts know it, see `Standard`.
+    """One environment as `Standard` shows it; raises UserError if it cannot be made or shown.
 
-    time_limit: agent steps, 0 leaves the environment's own; episode: number of the first, for its seed
-    Raises UserError for an id, a package or a space that cannot be used.
+    time_limit: agent steps, 0 leaves the environment's own; episode: number of the first one
     """
     kind = preset_name(env_id, observation)
     if observation == "auto" and kind == "dmc_pixels":
         observation = "pixels"
     kwargs = {"render_mode": "rgb_array"} if render or observation in ("pixels", "both") else {}
     if kind.startswith("dmc") or (kind == "other" and kwargs):
-        choose_gl(needed=kind == "dmc_pixels")
+        choose_gl(needed=kind != "other" and bool(kwargs))
     try:
         if kind == "atari":
             if sticky_prob is not None:
                 kwargs["repeat_action_probability"] = sticky_prob
             kwargs["full_action_space"] = full_action_space
             kwargs["obs_type"] = "grayscale" if grayscale else "rgb"
-            # The emulator's own frame skip and limit are off, so that frames are counted once.
+            # Frame skip and time limit are added outside, so that frames are counted once.
             kwargs |= {"frameskip": 1, "max_episode_steps": -1}
         if kind in ("atari", "other"):
             env = gym.make(env_id, disable_env_checker=True, **kwargs)
@@ -202,6 +200,8 @@ class Standard(gym.Wrapper):
         if not all(isinstance(part, gym.spaces.Box) for part in parts.values()):
             raise UserError(f"observations {space} are not supported, only Box and Dict of Box")
         images = [k for k, v in parts.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
+        if any(parts[k].shape[2:] not in ((), (1,), (3,)) for k in images):
+            raise UserError(f"images {space} are not supported, only (H, W), (H, W, 1), (H, W, 3)")
         self.images = images if observation != "vector" else []
         self.vectors = [k for k in parts if k not in images] if observation != "pixels" else []
         self.draws = observation in ("pixels", "both") and not images
@@ -312,11 +312,6 @@ def step_rows(envs, action, done):
     return {**obs, "action": action * ~done[:, None], **floats}, terminated | truncated, info
 
 
-def episodes(envs):
-    """How many episodes began in each environment: the next one's number, for its seed."""
-    return [int(key[2]) for key in envs.get_attr("key")]
-
-
 def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment, so that long ones count as well.
 
@@ -377,8 +372,9 @@ class Replay:
 
     def load_state_dict(self, state):
         """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
-        self.start = max(state["start"], int(self.written[0, 0]) - self.capacity)
         self.end, self.rng.bit_generator.state = state["end"], state["rng"]
+        kept = max(state["start"], int(self.written[0, 0]) - self.capacity)
+        self.start = min(kept, self.end)
 
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""
@@ -554,18 +550,16 @@ def crossed(before, after, every):
 class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar."""
 
-    def __init__(self, run, args, frames=0, seconds=0.0):
-        """args: dict; frames and seconds: where a resumed run goes on"""
+    def __init__(self, run, args, frames=0, updates=0, seconds=0.0):
+        """args: dict; frames, updates and seconds: where a resumed run goes on"""
         if args["track"]:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--track needs a package: pip install wandb") from None
+            import wandb
+
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self.run, self.began, self.last = run, time.time() - seconds, None
+        self.run, self.began, self.last = run, time.time() - seconds, (seconds, frames, updates)
         self.writer, self.file = SummaryWriter(run), open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         table = "".join(f"|{k}|{v}|\n" for k, v in args.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", frames)
@@ -587,10 +581,9 @@ class Logger:
 
     def speed(self, frames, updates):
         """Frames and updates per second since it was asked last."""
-        now, last = np.array([self.seconds(), frames, updates]), self.last
-        self.last = now
-        seconds, *counts = now - last if last is not None else now
-        return dict(zip(("charts/SPS", "time/updates_per_second"), counts / seconds, strict=True))
+        now, last = (self.seconds(), frames, updates), self.last
+        self.last, (seconds, *counts) = now, np.subtract(now, last)
+        return {"charts/SPS": counts[0] / seconds, "time/updates_per_second": counts[1] / seconds}
 
     def gif(self, tag, video, frames):
         """video: (T, H, W) or (T, H, W, 3) uint8, to TensorBoard and the run folder's videos/."""

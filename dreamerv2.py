@@ -22,6 +22,7 @@ A scalar per step is (T, B).
 """
 
 import functools
+import importlib.util
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -126,9 +127,10 @@ DMC = {
 SMALL = {
     "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "grayscale": False, "threads": 1,
     "prefill": 1000, "favor_ends": False, "batch_size": 8, "batch_length": 32, "deter": 128,
-    "hidden": 128, "stoch": 8, "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2, "act": "silu", "norm": "layer",
-    "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
-    "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 3e-4,
+    "hidden": 128, "stoch": 8, "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2,
+    "act": "silu", "norm": "layer", "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
+    "slow_update": 25, "train_every": 4, "pretrain": 100, "model_lr": 1e-3, "critic_lr": 1e-3,
+    "actor_lr": 3e-4,
     "log_every": 1000, "eval_every": 5000, "eval_episodes": 20, "video_every": 5000,
     "checkpoint_every": 10_000,
 }  # fmt: skip
@@ -632,6 +634,8 @@ def main(args):
         model_lr actor_lr critic_lr adam_eps clip eval_episodes""")  # fmt: skip
     if args.imag_horizon < 2:
         raise common.UserError("--imag-horizon is 1, but the first action is judged by state 2")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise common.UserError("--track needs a package that is not installed: pip install wandb")
     config = asdict(args)
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
@@ -672,7 +676,7 @@ def main(args):
     if args.batch_length > min(rows, args.prefill // args.num_envs):
         raise common.UserError(f"--batch-length {args.batch_length} is more than --replay-size "
                                "or --prefill give each environment")  # fmt: skip
-    gib = common.check_disk(shapes, rows * args.num_envs)
+    gib = common.check_disk(shapes, 0 if saved else rows * args.num_envs)
     step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
     run = run if saved else common.new_run(config)
@@ -686,7 +690,7 @@ def main(args):
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; replay: {rows * args.num_envs:,} rows, {gib:.2f} GiB on disk")
-    logger = common.Logger(run, config, step * args.action_repeat, seconds)
+    logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
     interrupt, guard = common.Interrupt(), common.FiniteGuard()
 
     row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
@@ -706,7 +710,8 @@ def main(args):
             logger.log(ended, frames, updates)
 
         due = args.pretrain + 1 + (step - args.prefill) // args.train_every
-        while step >= args.prefill and updates < due:
+        ready = step >= args.prefill and replay.end - replay.start >= args.batch_length
+        while ready and updates < due:
             began = time.time()
             batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
             batch = {k: v.to(device) for k, v in batch.items()}
@@ -734,7 +739,7 @@ def main(args):
         if last or common.crossed(before, frames, args.checkpoint_every):
             guard.check()
             common.save_checkpoint(run, {
-                "counters": (step, updates, logger.seconds(), common.episodes(envs)),
+                "counters": (step, updates, logger.seconds(), [k[2] for k in envs.get_attr("key")]),
                 "agent": agent.state_dict(), "replay": replay.state_dict(),
                 "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
                 "rng": common.get_rng(),
