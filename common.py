@@ -35,35 +35,30 @@ with contextlib.suppress(ImportError):
     import ale_py  # noqa: F401  registers the Atari games
 
 SIZE = 64  # height and width of images, as in both papers
-# What --resume may change.
-CHANGEABLE = {
-    "resume",
-    "total_frames",
-    "eval_episodes",
-    "capture_video",
-    "track",
-    "cuda",
-    "threads",
-}
-CHANGEABLE |= {f"{name}_every" for name in ("log", "eval", "video", "checkpoint")}
+CHANGEABLE = """resume total_frames log_every eval_every eval_episodes video_every checkpoint_every
+    capture_video track cuda threads""".split()  # by --resume
 
 
 class UserError(Exception):
-    """Something the user can mend, said in one line; the exit code is 2."""
+    """Something the user can mend, said in one line."""
+
+    exit_code = 2
 
 
-class NonFiniteError(Exception):
-    """A loss or gradient became NaN or infinite; the exit code is 1."""
+class NonFiniteError(UserError):
+    """A loss or gradient became NaN or infinite."""
+
+    exit_code = 1
 
 
 @contextlib.contextmanager
 def exit_on_error():
-    """Prints errors of the two kinds above without a traceback."""
+    """Prints a `UserError` in one line, without a traceback, and exits with its code."""
     try:
         yield
-    except (UserError, NonFiniteError) as error:
+    except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(error.exit_code)
 
 
 # Command line
@@ -83,10 +78,9 @@ def parse_args(cls, presets, argv=None):
     if run := given.resume or given.evaluate:
         default = load_args(run, cls)
     args = tyro.cli(cls, default=cls(**default), args=argv)
-    changed = {k for k, v in vars(args).items() if v != getattr(cls(**default), k)} - CHANGEABLE
-    if given.resume and changed:
-        flags = ["--" + k.replace("_", "-") for k in sorted(changed)]
-        raise UserError(f"{', '.join(flags)} cannot change on --resume")
+    changed = [k for k, v in vars(args).items() if v != getattr(cls(**default), k)]
+    if given.resume and (fixed := [k for k in changed if k not in CHANGEABLE]):
+        raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
     return args
 
 
@@ -165,9 +159,8 @@ def make_dmc(env_id, render_mode=None):
         raise UserError(f"no environment {env_id}{nearest(name, tasks)}")
     env = suite.load(*tasks[name])
     camera = min(2 if name.startswith("quadruped") else 0, env.physics.model.ncam - 1)
-    return DmControlCompatibilityV0(
-        env, render_mode, {"width": SIZE, "height": SIZE, "camera_id": camera}
-    )
+    options = {"width": SIZE, "height": SIZE, "camera_id": camera}
+    return DmControlCompatibilityV0(env, render_mode, options)
 
 
 def choose_gl(needed):
@@ -236,10 +229,8 @@ class Standard(gym.Wrapper):
         if self.discrete:
             action = int(np.argmax(action) + self.actions.start)
         else:
-            action = (np.asarray(action).reshape(self.low.shape) + 1) / 2 * (
-                self.high - self.low
-            ) + self.low
-            action = action.astype(self.actions.dtype)
+            share = (np.reshape(action, self.low.shape) + 1) / 2
+            action = (self.low + share * (self.high - self.low)).astype(self.actions.dtype)
         total = 0.0
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -270,10 +261,8 @@ class Standard(gym.Wrapper):
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
     """A vector environment of `make_env`s, in processes of their own if parallel."""
     episodes = episodes or [0] * num_envs
-    fns = [
-        functools.partial(make_env, index=first_index + i, episode=episodes[i], **options)
-        for i in range(num_envs)
-    ]
+    make = functools.partial(functools.partial, make_env, **options)
+    fns = [make(index=first_index + i, episode=episodes[i]) for i in range(num_envs)]
     mode = gym.vector.AutoresetMode.NEXT_STEP
     if not parallel:
         return gym.vector.SyncVectorEnv(fns, autoreset_mode=mode)
@@ -307,9 +296,9 @@ def step_rows(envs, action, done):
     Where done was set the row is a reset: the environment ignored the action, so it is stored as 0.
     """
     obs, reward, terminated, truncated, info = envs.step(action)
-    floats = {"reward": reward, "is_first": done, "is_terminal": terminated}
-    floats = {k: v.astype(np.float32) for k, v in floats.items()}
-    return {**obs, "action": action * ~done[:, None], **floats}, terminated | truncated, info
+    row = {"reward": reward, "is_first": done, "is_terminal": terminated}
+    row = {k: v.astype(np.float32) for k, v in row.items()}
+    return {**obs, "action": action * ~done[:, None], **row}, terminated | truncated, info
 
 
 def evaluate(envs, act, episodes, film=False):
@@ -559,7 +548,8 @@ class Logger:
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self.run, self.began, self.last = run, time.time() - seconds, (seconds, frames, updates)
+        self.run, self.began, self.shown = run, time.time() - seconds, {}
+        self.last = (seconds, frames, updates)
         self.writer, self.file = SummaryWriter(run), open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         table = "".join(f"|{k}|{v}|\n" for k, v in args.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", frames)
@@ -576,8 +566,9 @@ class Logger:
             self.writer.add_scalar(tag, value, frames)
         row = {"frames": frames, "updates": updates, "seconds": round(self.seconds(), 3)}
         self.file.write(json.dumps(row | metrics) + "\n")
-        shown = {k.split("/")[1]: v for k, v in metrics.items() if "episodic_return" in k}
-        self.bar.set_postfix(shown or None, refresh=False)
+        tags = {"charts/episodic_return": "return", "time/updates_per_second": "updates/s"}
+        self.shown |= {tags[k]: f"{v:.4g}" for k, v in metrics.items() if k in tags}
+        self.bar.set_postfix(self.shown, refresh=False)
 
     def speed(self, frames, updates):
         """Frames and updates per second since it was asked last."""

@@ -479,7 +479,7 @@ class WorldModel(nn.Module):
         reward = torch.tanh(batch["reward"]) if args.reward_transform == "tanh" else batch["reward"]
         losses["reward"] = self.reward.loss(feat, reward).mean()
         if self.discount:
-            # The soft target holds gamma, so the predicted discount is never multiplied by it again.
+            # The soft target holds gamma: the predicted discount is not multiplied by it again.
             target = args.gamma * (1 - batch["is_terminal"])
             losses["discount"] = F.binary_cross_entropy_with_logits(self.discount(feat), target)
         losses["kl"], kl = self.kl_loss(post, prior)

@@ -1,4 +1,4 @@
-"""Parity with the authors' code: their losses, states, rollouts, returns and gradients on fixed weights."""
+"""Parity with the authors' code on fixed weights: losses, states, rollouts, returns, gradients."""
 
 import json
 import re
@@ -17,7 +17,7 @@ CASES = ["dreamerv2_discrete", "dreamerv2_continuous", "dreamerv2_vector_and_ima
 
 
 def our_name(name):
-    """encoder.conv0.weight -> encoder.conv.0.0.weight: the authors' names of weights in our modules."""
+    """The authors' name of a weight, encoder.conv0.weight, as ours: encoder.conv.0.0.weight."""
     module, layer, kind = name.split(".")
     where = "" if module in ("actor", "critic", "slow_critic") else "world_model."
     index = re.search(r"\d*$", layer).group()
@@ -48,19 +48,21 @@ def mlp_of(inputs, sizes):
 
 
 def golden_agent(figures, config):
-    """Our agent with the sizes and the weights of a case; its heads have other sizes than any preset."""
+    """Our agent with the sizes and weights of a case; no preset has heads of such sizes."""
     data = {k: v for k, v in figures.items() if k.startswith("data/")}
     keys = ("image", "vector", "action")
     shapes = {k: data[f"data/{k}"].shape[2:] for k in keys if f"data/{k}" in data}
     c = SimpleNamespace(**config)
+    same = """deter hidden stoch classes cnn_depth kl_scale kl_balance free_nats free_avg gamma
+        discount_scale discount_lambda actor_entropy actor_dist actor_grad actor_grad_mix"""
     args = dreamerv2.Args(
-        deter=c.deter, hidden=c.hidden, stoch=c.stoch, classes=c.classes, cnn_depth=c.cnn_depth,
-        units=c.encoder_mlp[-1], layers=1, kl_scale=c.kl_scale, kl_balance=c.kl_balance, free_nats=c.free_nats,
-        free_avg=c.free_avg, discount_scale=c.discount_scale, discount_head="weight/discount.out.bias" in figures,
+        **{name: config[name] for name in same.split()},
+        units=c.encoder_mlp[-1],
+        layers=1,
+        imag_horizon=c.horizon,
+        discount_head="weight/discount.out.bias" in figures,
         reward_transform={"tanh": "tanh", "identity": "none"}[c.reward_transform],
-        gamma=c.gamma, discount_lambda=c.discount_lambda, imag_horizon=c.horizon, actor_entropy=c.actor_entropy,
-        actor_dist=c.actor_dist, actor_grad=c.actor_grad, actor_grad_mix=c.actor_grad_mix,
-    )  # fmt: skip
+    )
     agent = dreamerv2.make_agent(shapes, args)
     model, feat = agent["world_model"], agent["world_model"].rssm.feat_size
     if "vector" in shapes:
@@ -93,7 +95,7 @@ def golden_agent(figures, config):
 
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
-    """The figures of a case and what our code computes from its weights and data, with every sample at its mode."""
+    """The figures of a case beside what our code computes, every sample replaced by the mode."""
     figures = dict(np.load(GOLDEN / f"{request.param}.npz", allow_pickle=False))
     agent, args = golden_agent(figures, json.loads(str(figures["config"])))
     monkeypatch.setattr(

@@ -113,7 +113,7 @@ def test_resume_may_change_how_long_and_where_but_not_what_is_learned(run):
     parse(f"--resume {run} --lr 0.7 --env-id CartPole-v1")  # said again, but not changed
     for change in ("--lr 0.8", "--seed 4", "--env-id Pendulum-v1", "--num-envs 2"):
         name = change.split()[0].strip("-")
-        with pytest.raises(common.UserError, match=f"cannot change .*{name.replace('-', '.')}"):
+        with pytest.raises(common.UserError, match=f"--{name} cannot change"):
             parse(f"--resume {run} {change}")
 
 
