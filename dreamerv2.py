@@ -129,7 +129,7 @@ SMALL = {
     "prefill": 1000, "favor_ends": False, "batch_size": 8, "batch_length": 32, "deter": 128,
     "hidden": 128, "stoch": 8, "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2,
     "act": "silu", "norm": "layer", "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
-    "slow_update": 25, "train_every": 4, "pretrain": 100, "model_lr": 1e-3, "critic_lr": 1e-3,
+    "slow_update": 25, "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "critic_lr": 1e-3,
     "actor_lr": 3e-4,
     "log_every": 1000, "eval_every": 5000, "eval_episodes": 20, "video_every": 5000,
     "checkpoint_every": 10_000,
@@ -267,7 +267,7 @@ class OneHot:
         return self.one_hot((self.logp + gumbel).argmax(-1)) + (prob - prob.detach())
 
     def one_hot(self, index):
-        return F.one_hot(index, self.logp.shape[-1]).to(self.logp)
+        return torch.zeros_like(self.logp).scatter_(-1, index[..., None], 1.0)
 
     @property
     def mode(self):

@@ -79,7 +79,7 @@ class Action(Observation):
 
     def follow(self, x):
         want = 0.5 + (0.25 if self.continuous else 0.5) * self.sign
-        return (0, 0), 1 - 8 * (x - want) ** 2 if self.continuous else x == want, True
+        return (0, 0), 1 - 4 * (x - want) ** 2 if self.continuous else x == want, True
 
 
 class Delayed(Probe):

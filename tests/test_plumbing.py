@@ -440,13 +440,6 @@ def test_tile_puts_the_videos_of_a_batch_side_by_side():
     assert common.tile(torch.rand(4, 2, 3, 5, 7)).shape == (4, 5, 14, 3)
 
 
-def test_weights_and_biases_is_only_needed_when_it_is_asked_for(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    args = asdict(Args(track=True)) | {"wandb_project_name": "p", "wandb_entity": None}
-    with pytest.raises(common.UserError, match="pip install wandb"):
-        common.Logger(run, args)
-
-
 def test_a_python_that_is_too_old_is_told_so():
     code = "import sys; sys.version_info = (3, 10, 4); import common"
     result = subprocess.run(

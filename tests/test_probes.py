@@ -135,7 +135,7 @@ def test_a_reward_that_the_observation_foretold_is_remembered_and_valued(script,
     [
         ("", 400),
         pytest.param("Continuous", 600, marks=slow),
-        pytest.param("ContinuousPixels", 400, marks=slow),
+        pytest.param("ContinuousPixels", 600, marks=slow),
     ],
 )
 def test_the_action_that_the_observation_asks_for_is_learnt(script, tmp_path, kind, updates):

@@ -450,7 +450,7 @@ BAD = {
     "--resume foreign": "foreign is a run of another script",
     "--resume begun": "begun has no checkpoint",
     "--evaluate begun": "begun has no checkpoint",
-    "--resume begun --deter 32": "cannot change deter",
+    "--resume begun --deter 32": "--deter cannot change",
 }  # fmt: skip
 
 
