@@ -255,32 +255,17 @@ class TwoHotHead(Head):
 
 
 # Distributions are in float32 under any precision.
-class OneHot:
+class OneHot(td.OneHotCategorical):
     """One-hot categoricals (..., K); samples carry the straight-through gradient of Alg. 1."""
 
     def __init__(self, logit):
-        self.logp = torch.log_softmax(logit.float(), -1)
+        super().__init__(logits=logit.float())
 
     def rsample(self):
-        gumbel = -torch.empty_like(self.logp).exponential_().log()
-        prob = self.logp.exp()
-        return self.one_hot((self.logp + gumbel).argmax(-1)) + (prob - prob.detach())
-
-    def one_hot(self, index):
-        return torch.zeros_like(self.logp).scatter_(-1, index[..., None], 1.0)
-
-    @property
-    def mode(self):
-        return self.one_hot(self.logp.argmax(-1))
-
-    def log_prob(self, x):
-        return (self.logp * x).sum(-1)
-
-    def entropy(self):
-        return -(self.logp.exp() * self.logp).sum(-1)
-
-    def kl(self, other):
-        return (self.logp.exp() * (self.logp - other.logp)).sum(-1)
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        index = (self.logits + gumbel).argmax(-1, keepdim=True)
+        sample = torch.zeros_like(self.logits).scatter_(-1, index, 1.0)
+        return sample + (self.probs - self.probs.detach())
 
 
 class TruncNormal:
@@ -442,8 +427,10 @@ class RSSM(nn.Module):
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
-        post, prior = self.dist(post), self.dist(prior)
-        return (post.kl(prior) if self.classes else td.kl_divergence(post, prior)).sum(-1)
+        p, q = self.dist(post), self.dist(prior)
+        if self.classes:  # torch's own is infinite where a probability is too small for float32
+            return (p.probs * (p.logits - q.logits)).sum((-2, -1))
+        return td.kl_divergence(p, q).sum(-1)
 
 
 def stack(states):
@@ -599,12 +586,13 @@ def make_optimizers(agent, args):
 def update(agent, optimizers, batch, updates, args):
     """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
     device, bfloat16 = batch["reward"].device.type, args.precision == "bfloat16"
-    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16)
+    with autocast:
         model_loss, post, metrics = agent["world_model"].loss(batch)
     metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
-    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):  # in the model after its step
+    with autocast:  # imagines with the model after its step, from states before it
         losses = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
-        actor_loss, critic_loss, imagined = losses
+    actor_loss, critic_loss, imagined = losses
     metrics["grad_norm/actor"] = common.opt_step(optimizers["actor"], actor_loss, args.clip)
     metrics["grad_norm/critic"] = common.opt_step(optimizers["critic"], critic_loss, args.clip)
     if updates % args.slow_update == 0:
@@ -720,7 +708,8 @@ def main(args):
             updates += 1
             if updates == 3 and device.type == "cpu" and "image" in shapes:
                 hours = (time.time() - began) * (steps - step) / args.train_every / 3600
-                print(f"{hours:,.0f} hours to go on this CPU; CartPole-v1 learns in minutes here")
+                hint = f"python {Path(__file__).name} --env-id CartPole-v1"
+                logger.bar.write(f"{hours:,.0f} hours to go on this CPU; {hint} takes minutes")
 
         logger.bar.update(frames - before)
         last = step >= steps or interrupt.code

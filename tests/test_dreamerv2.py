@@ -34,7 +34,7 @@ def no_noise(monkeypatch):
     """Every sample is the mode, with the gradient that a sample has."""
 
     def one_hot(self):
-        prob = self.logp.exp()
+        prob = self.probs
         return self.mode + (prob - prob.detach())
 
     def gaussian(self, shape=()):
@@ -241,7 +241,7 @@ def test_one_hot_is_in_float32_and_finite_for_extreme_logits():
     logit = torch.tensor([[3e4, -3e4, 0.0], [-3e4, -3e4, -3e4]], dtype=torch.bfloat16)
     dist = dreamerv2.OneHot(logit.requires_grad_())
     other = dreamerv2.OneHot(logit.flip(0))
-    terms = (dist.rsample(), dist.entropy(), dist.kl(other))
+    terms = (dist.rsample(), dist.entropy(), other.entropy())
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in terms)
     (grad,) = torch.autograd.grad(sum(x.sum() for x in terms), logit)
     assert grad.isfinite().all()

@@ -126,8 +126,9 @@ def test_a_reward_that_the_observation_foretold_is_remembered_and_valued(script,
     ret = returns(play)
     known = np.isfinite(ret)
     assert set(ret[known & play.terminal]) == {-1, 1}
-    assert distance(play.value, ret, known & play.judged & play.first) < 0.2
-    assert distance(play.value, ret, known & play.judged & ~play.first) < 0.2
+    assert distance(play.value, ret, known & ~play.first) < 0.2
+    if play.judged[play.first].any():
+        assert distance(play.value, ret, known & play.first) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -161,9 +162,8 @@ def test_an_action_that_costs_now_and_pays_later_is_learnt(script, tmp_path, kin
     assert play.answer[play.first].mean() > 0.9
     second = ~play.first & ~play.terminal
     assert distance(play.value, -0.3 + GAMMA, second) < 0.2
-    assert distance(play.value, GAMMA * (-0.3 + GAMMA), play.first & play.judged) < 0.2 or (
-        not play.judged[play.first].any()
-    )
+    if play.judged[play.first].any():
+        assert distance(play.value, GAMMA * (-0.3 + GAMMA), play.first) < 0.2
 
 
 @pytest.mark.parametrize(
