@@ -57,7 +57,7 @@ def exit_on_error():
     try:
         yield
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -87,8 +87,9 @@ def parse_args(cls, presets, argv=None):
 def check_positive(args, names):
     """Raises UserError for a negative number in the dataclass `args`, or a 0 among the names."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and (value < 0 or (value == 0 and name in names.split())):
-            least = "above 0" if name in names.split() else "0 or more"
+        positive = name in names.split()
+        if isinstance(value, int | float) and not (value > 0 or (value == 0 and not positive)):
+            least = "above 0" if positive else "0 or more"
             raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {least}")
 
 
@@ -473,6 +474,7 @@ class FiniteGuard:
         if self.first is not None and (self.first >= 0).any():
             update = int(self.first[self.first >= 0].min())
             names = [n for n, f in zip(self.names, self.first.tolist(), strict=True) if f == update]
+            names = [n for n in names if n.startswith("losses/")] or names
             raise NonFiniteError(f"not finite at update {update}: {', '.join(names)}")
 
 
@@ -550,7 +552,12 @@ class Logger:
 
         self.run, self.began, self.shown = run, time.time() - seconds, {}
         self.last = (seconds, frames, updates)
-        self.writer, self.file = SummaryWriter(run), open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        # What a killed run logged after its last checkpoint will be logged again.
+        self.writer, path = SummaryWriter(run, purge_step=frames or None), run / "metrics.jsonl"
+        rows = path.read_text().splitlines(True) if frames else []
+        rows = [r for r in rows if r.endswith("\n") and json.loads(r)["frames"] <= frames]
+        path.write_text("".join(rows))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
         table = "".join(f"|{k}|{v}|\n" for k, v in args.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", frames)
         wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s

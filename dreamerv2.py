@@ -683,7 +683,8 @@ def main(args):
 
     row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
     replay.add(row)
-    while step < steps and not interrupt.code:
+    last = step >= steps
+    while not last:
         before = step * args.action_repeat
         if step < args.prefill:
             action = common.random_actions(envs, replay.rng)
