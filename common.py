@@ -366,6 +366,10 @@ class Replay:
         kept = max(state["start"], int(self.written[0, 0]) - self.capacity)
         self.start = min(kept, self.end)
 
+    def __str__(self):
+        size = sum(data.nbytes for data in self.data.values()) / 2**30
+        return f"replay {self.capacity * self.num_envs:,} rows, {size:.2f} GiB in {self.folder}"
+
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""
         self.start = max(self.start, self.end + 1 - self.capacity)
@@ -407,12 +411,11 @@ def row_shapes(envs):
 
 
 def check_disk(shapes, rows):
-    """GiB that `rows` rows take; raises UserError if the disk has less free."""
+    """Raises UserError if the disk has no room for `rows` rows."""
     row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
     size, free = rows * row / 2**30, shutil.disk_usage(".").free / 2**30
     if size > free:
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
-    return size
 
 
 # Device and optimizer step
@@ -435,6 +438,15 @@ def set_rng(states):
     torch.set_rng_state(states[0].cpu())
     if torch.cuda.device_count() == len(states) - 1:
         torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+
+
+def stack(states):
+    """A list of dicts of (...) -> a dict of (T, ...)."""
+    return {k: torch.stack([state[k] for state in states]) for k in states[0]}
+
+
+def detach(tensors):
+    return {k: v.detach() for k, v in tensors.items()}
 
 
 @contextlib.contextmanager

@@ -129,10 +129,9 @@ SMALL = {
     "prefill": 1000, "favor_ends": False, "batch_size": 8, "batch_length": 32, "deter": 128,
     "hidden": 128, "stoch": 8, "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2,
     "act": "silu", "norm": "layer", "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
-    "slow_update": 25, "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "critic_lr": 1e-3,
-    "actor_lr": 3e-4,
-    "log_every": 1000, "eval_every": 5000, "eval_episodes": 20, "video_every": 5000,
-    "checkpoint_every": 10_000,
+    "slow_update": 25, "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "actor_lr": 3e-4,
+    "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000, "eval_episodes": 20,
+    "video_every": 5000, "checkpoint_every": 10_000,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
@@ -338,8 +337,7 @@ class Actor(nn.Module):
 class RSSM(nn.Module):
     """Recurrent state-space model (Eq. 1): a deterministic GRU path and S categorical variables.
 
-    A state is a dict of deter (..., D), stoch (..., S * K) and the statistics of stoch:
-    logit (..., S, K), or mean and std (..., S) if the latents are Gaussian.
+    State: deter (..., D), stoch (..., S * K), logit (..., S, K) or (Gaussian) mean, std (..., S).
     """
 
     def __init__(self, embed_size, action_dim, args):
@@ -401,17 +399,14 @@ class RSSM(nn.Module):
         return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
 
     def observe(self, embed, action, is_first):
-        """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...).
-
-        Only the recurrence is in the loop; the prior's statistics follow, and are never sampled.
-        """
+        """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...)."""
         is_first = torch.cat([torch.ones_like(is_first[:1]), is_first[1:]])
         state, states = self.initial(embed.shape[1]), []
-        for t in range(len(embed)):
+        for t in range(len(embed)):  # nothing but the recurrence is in the loop
             state = self.obs_step(state, action[t], embed[t], is_first[t])
             states.append(state)
-        post = stack(states)
-        return post, self.stats(self.img_out(post["deter"]))
+        post = common.stack(states)
+        return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
 
     def imagine(self, actor, start, horizon):
         """Follows the actor through the prior; action[i] is the one that led to state i.
@@ -423,7 +418,7 @@ class RSSM(nn.Module):
         for _ in range(horizon):
             actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
             states.append(self.img_step(states[-1], actions[-1]))
-        return stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
+        return common.stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
@@ -431,14 +426,6 @@ class RSSM(nn.Module):
         if self.classes:  # torch's own is infinite where a probability is too small for float32
             return (p.probs * (p.logits - q.logits)).sum((-2, -1))
         return td.kl_divergence(p, q).sum(-1)
-
-
-def stack(states):
-    return {k: torch.stack([s[k] for s in states]) for k in states[0]}
-
-
-def detach(tensors):
-    return {k: v.detach() for k, v in tensors.items()}
 
 
 class WorldModel(nn.Module):
@@ -475,10 +462,9 @@ class WorldModel(nn.Module):
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()
         for name, state in (("post", post), ("prior", prior)):
-            metrics[f"model/{name}_entropy"] = (
-                self.rssm.dist(detach(state)).entropy().sum(-1).mean()
-            )
-        return loss, post, detach(metrics)
+            entropy = self.rssm.dist(common.detach(state)).entropy()
+            metrics[f"model/{name}_entropy"] = entropy.sum(-1).mean()
+        return loss, post, common.detach(metrics)
 
     def kl_loss(self, post, prior):
         """Alg. 2: most of the KL trains the prior towards the posterior -> loss (), KL (T, B)."""
@@ -486,7 +472,8 @@ class WorldModel(nn.Module):
         if self.args.kl_balance == 0.5:  # the plain KL, as the authors have it
             kl = self.rssm.kl(post, prior)
             return kl.clamp(min=free).mean(), kl
-        to_post, to_prior = self.rssm.kl(detach(post), prior), self.rssm.kl(post, detach(prior))
+        fixed_post, fixed_prior = common.detach(post), common.detach(prior)
+        to_post, to_prior = self.rssm.kl(fixed_post, prior), self.rssm.kl(post, fixed_prior)
         alpha, kl = self.args.kl_balance, to_post
         if self.args.free_avg:
             to_post, to_prior = to_post.mean(), to_prior.mean()
@@ -504,7 +491,7 @@ class WorldModel(nn.Module):
         states = [{k: v[t] for k, v in state.items()} for t in range(context)]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
-        model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
+        model = self.decoder(self.rssm.feat(common.stack(states)))["image"] + 0.5
         truth = pixels(batch["image"]) + 0.5
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 
@@ -522,7 +509,7 @@ def lambda_return(reward, value, disc, bootstrap, lambda_):
 
 def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, args):
     """Actor and critic losses on imagined rollouts (Eqs. 4-6); is_terminal is (T, B)."""
-    start = {k: v.flatten(0, 1) for k, v in detach(post).items()}  # (N, ...)
+    start = {k: v.flatten(0, 1) for k, v in common.detach(post).items()}  # (N, ...)
     with common.frozen(world_model), torch.set_grad_enabled(args.actor_grad != "reinforce"):
         states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
         feat = world_model.rssm.feat(states)  # (I, N, F)
@@ -554,7 +541,7 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
     metrics |= {"value": prediction, "slow_value": value}
     metrics = {f"imag/{k}": v.mean() for k, v in metrics.items()}
     metrics |= {"losses/actor": actor_loss, "losses/critic": critic_loss}
-    return actor_loss, critic_loss, detach(metrics)
+    return actor_loss, critic_loss, common.detach(metrics)
 
 
 def make_agent(shapes, args):
@@ -575,10 +562,9 @@ def make_agent(shapes, args):
 
 
 def make_optimizers(agent, args):
-    """One Adam each for world model, actor and critic."""
+    """One Adam each; AdamW multiplies decay and learning rate, the authors' Adam does not."""
     adam = functools.partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
-    # AdamW multiplies the decay with the learning rate, the authors' Adam does not.
     decay = {k: args.weight_decay / lr for k, lr in rates.items()}
     return {k: adam(agent[k].parameters(), rates[k], weight_decay=decay[k]) for k in rates}
 
@@ -602,18 +588,14 @@ def update(agent, optimizers, batch, updates, args):
 
 @torch.no_grad()
 def policy(agent, row, state, sample=True):
-    """Acts on a row, a dict of (N, ...), after a state or None -> action (N, A), state.
-
-    Evaluation takes the mode of the action; the latent state is sampled all the same.
-    """
-    world_model, actor, *_ = agent.values()
-    device = next(actor.parameters()).device
+    """Acts on a row, a dict of (N, ...), after a state or None -> action (N, A), state."""
+    rssm, device = agent["world_model"].rssm, next(agent.parameters()).device
     row = {k: torch.as_tensor(v, device=device) for k, v in row.items()}
-    state = state or world_model.rssm.initial(len(row["reward"]))
-    embed = world_model.encoder(row)
-    state = world_model.rssm.obs_step(state, row["action"], embed, row["is_first"])
-    dist = actor(world_model.rssm.feat(state))
-    return (dist.rsample() if sample else dist.mode).cpu().numpy(), state
+    state, embed = state or rssm.initial(len(row["reward"])), agent["world_model"].encoder(row)
+    state = rssm.obs_step(state, row["action"], embed, row["is_first"])
+    dist = agent["actor"](rssm.feat(state))
+    action = dist.rsample() if sample else dist.mode  # the latent state is always sampled
+    return action.cpu().numpy(), state
 
 
 def main(args):
@@ -648,14 +630,12 @@ def main(args):
         kind = "discrete" if discrete else "continuous"
         raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
     agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
-    optimizers = make_optimizers(agent, args)
-    if saved:
-        agent.load_state_dict(saved["agent"])
-    play = functools.partial(
-        common.evaluate, eval_envs, functools.partial(policy, agent, sample=False)
-    )
+    parts = {"agent": agent, **make_optimizers(agent, args)}
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
+    play = functools.partial(policy, agent, sample=False)
     if args.evaluate:
-        returns, film = play(args.eval_episodes, args.capture_video)
+        returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
         return common.save_gif(run / "videos" / "evaluate.gif", film) if film else None
 
@@ -664,7 +644,8 @@ def main(args):
     if args.batch_length > min(rows, args.prefill // args.num_envs):
         raise common.UserError(f"--batch-length {args.batch_length} is more than --replay-size "
                                "or --prefill give each environment")  # fmt: skip
-    gib = common.check_disk(shapes, 0 if saved else rows * args.num_envs)
+    if not saved:
+        common.check_disk(shapes, rows * args.num_envs)
     step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
     run = run if saved else common.new_run(config)
@@ -672,12 +653,10 @@ def main(args):
     if saved:
         replay.load_state_dict(saved["replay"])
         common.set_rng(saved["rng"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
-    print(f"parameters: {sizes}; replay: {rows * args.num_envs:,} rows, {gib:.2f} GiB on disk")
+    print(f"parameters: {sizes}; {replay}")
     logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
     interrupt, guard = common.Interrupt(), common.FiniteGuard()
 
@@ -704,13 +683,14 @@ def main(args):
             began = time.time()
             batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
             batch = {k: v.to(device) for k, v in batch.items()}
-            metrics = update(agent, optimizers, batch, updates, args)
+            metrics = update(agent, parts, batch, updates, args)
             guard.watch(updates, metrics)
             updates += 1
             if updates == 3 and device.type == "cpu" and "image" in shapes:
                 hours = (time.time() - began) * (steps - step) / args.train_every / 3600
-                hint = f"python {Path(__file__).name} --env-id CartPole-v1"
-                logger.bar.write(f"{hours:,.0f} hours to go on this CPU; {hint} takes minutes")
+                logger.bar.write(
+                    f"{hours:,.0f} hours on this CPU, minutes with --env-id CartPole-v1"
+                )
 
         logger.bar.update(frames - before)
         last = step >= steps or interrupt.code
@@ -722,18 +702,17 @@ def main(args):
             video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
             logger.gif("open_loop", common.tile(video), frames)
         if step >= steps or (updates and common.crossed(before, frames, args.eval_every)):
-            returns, film = play(args.eval_episodes, args.capture_video)
+            returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
             logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
             if film:
                 logger.gif("eval/episode", film, frames)
         if last or common.crossed(before, frames, args.checkpoint_every):
             guard.check()
-            common.save_checkpoint(run, {
-                "counters": (step, updates, logger.seconds(), [k[2] for k in envs.get_attr("key")]),
-                "agent": agent.state_dict(), "replay": replay.state_dict(),
-                "optimizers": {k: v.state_dict() for k, v in optimizers.items()},
-                "rng": common.get_rng(),
-            })  # fmt: skip
+            saved = {k: part.state_dict() for k, part in parts.items()}
+            saved |= {"replay": replay.state_dict(), "rng": common.get_rng()}
+            episodes = [key[2] for key in envs.get_attr("key")]  # begun in each environment
+            saved["counters"] = (step, updates, logger.seconds(), episodes)
+            common.save_checkpoint(run, saved)
 
     for closing in (logger, envs, eval_envs):
         closing.close()
