@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -81,6 +82,8 @@ def parse_args(cls, presets, argv=None):
     changed = [k for k, v in vars(args).items() if v != getattr(cls(**default), k)]
     if given.resume and (fixed := [k for k in changed if k not in CHANGEABLE]):
         raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
 
 

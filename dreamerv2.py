@@ -22,7 +22,6 @@ A scalar per step is (T, B).
 """
 
 import functools
-import importlib.util
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -498,8 +497,7 @@ class WorldModel(nn.Module):
 
 def lambda_return(reward, value, disc, bootstrap, lambda_):
     """Eq. 4, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N)."""
-    next_value = torch.cat([value[1:], bootstrap[None]])
-    target = reward + disc * (1 - lambda_) * next_value
+    target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
     ret, returns = bootstrap, []
     for t in reversed(range(len(reward))):
         ret = target[t] + disc[t] * lambda_ * ret
@@ -546,17 +544,16 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
 
 def make_agent(shapes, args):
     """Fresh networks; shapes: action (A,), image (C, 64, 64) and/or vector (V,)."""
-    world_model = WorldModel(shapes, args)
-    feat_size = world_model.rssm.feat_size
-    agent = {"world_model": world_model, "actor": Actor(feat_size, shapes["action"][0], args)}
-    agent |= {"critic": Head(feat_size, args), "slow_critic": Head(feat_size, args)}
-    agent = nn.ModuleDict(agent)
+    model = WorldModel(shapes, args)
+    size, action_dim = model.rssm.feat_size, shapes["action"][0]
+    agent = nn.ModuleDict({"world_model": model, "actor": Actor(size, action_dim, args)})
+    agent["critic"], agent["slow_critic"] = Head(size, args), Head(size, args)
     for module in agent.modules():  # as Keras has it, unasked
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     if args.reward_head == "twohot":
-        nn.init.zeros_(world_model.reward.out.weight)  # the outer bins are huge: begin at 0
+        nn.init.zeros_(model.reward.out.weight)  # the outer bins are huge: begin at 0
     agent["slow_critic"].requires_grad_(False)
     return agent
 
@@ -604,21 +601,17 @@ def main(args):
         model_lr actor_lr critic_lr adam_eps clip eval_episodes""")  # fmt: skip
     if args.imag_horizon < 2:
         raise common.UserError("--imag-horizon is 1, but the first action is judged by state 2")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise common.UserError("--track needs a package that is not installed: pip install wandb")
     config = asdict(args)
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
-    if args.pixels:
-        args.observation = "pixels"
+    args.observation = "pixels" if args.pixels else args.observation
     run = Path(args.resume or args.evaluate)
     saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
     options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
     options = {k: getattr(args, k) for k in options.split()}
     options["time_limit"] = args.time_limit // args.action_repeat
-    # Evaluation has environments of its own, and they have seeds of their own.
-    eval_envs = common.make_envs(
+    eval_envs = common.make_envs(  # with seeds of their own
         min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
     )
     shapes, discrete = common.row_shapes(eval_envs), common.is_discrete(eval_envs)
@@ -642,13 +635,14 @@ def main(args):
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
     if args.batch_length > min(rows, args.prefill // args.num_envs):
-        raise common.UserError(f"--batch-length {args.batch_length} is more than --replay-size "
-                               "or --prefill give each environment")  # fmt: skip
+        raise common.UserError(
+            f"--batch-length {args.batch_length} exceeds --prefill or --replay-size"
+        )
     if not saved:
         common.check_disk(shapes, rows * args.num_envs)
+        run = common.new_run(config)
     step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    run = run if saved else common.new_run(config)
     replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
     if saved:
         replay.load_state_dict(saved["replay"])
@@ -658,11 +652,10 @@ def main(args):
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; {replay}")
     logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
-    interrupt, guard = common.Interrupt(), common.FiniteGuard()
+    interrupt, guard, last = common.Interrupt(), common.FiniteGuard(), step >= steps
 
     row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
     replay.add(row)
-    last = step >= steps
     while not last:
         before = step * args.action_repeat
         if step < args.prefill:
@@ -688,9 +681,8 @@ def main(args):
             updates += 1
             if updates == 3 and device.type == "cpu" and "image" in shapes:
                 hours = (time.time() - began) * (steps - step) / args.train_every / 3600
-                logger.bar.write(
-                    f"{hours:,.0f} hours on this CPU, minutes with --env-id CartPole-v1"
-                )
+                other = f"python {Path(__file__).name} --env-id CartPole-v1"
+                logger.bar.write(f"{hours:,.0f} hours to go on this CPU; {other} takes minutes")
 
         logger.bar.update(frames - before)
         last = step >= steps or interrupt.code
