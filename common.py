@@ -1,28 +1,22 @@
-"""What neither Dreamer paper mentions: environments, replay, seeds, logs and checkpoints.
-
-Nothing in here knows about the algorithms: no network, no loss, no hyperparameter.
-"""
+"""What neither Dreamer paper mentions: environments, replay, seeds, logs and checkpoints."""
 
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python {sys.version.split()[0]} is too old, use 3.11 or 3.12")
 
-import argparse
 import contextlib
-import dataclasses
-import difflib
-import functools
 import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
+import ale_py  # noqa: F401  registers the Atari games
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -30,10 +24,9 @@ import torch
 import tyro
 import yaml
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-with contextlib.suppress(ImportError):
-    import ale_py  # noqa: F401  registers the Atari games
 
 SIZE = 64  # height and width of images, as in both papers
 CHANGEABLE = """resume total_frames log_every eval_every eval_episodes video_every checkpoint_every
@@ -43,45 +36,32 @@ CHANGEABLE = """resume total_frames log_every eval_every eval_episodes video_eve
 class UserError(Exception):
     """Something the user can mend, said in one line."""
 
-    exit_code = 2
-
 
 class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite."""
 
-    exit_code = 1
-
 
 @contextlib.contextmanager
 def exit_on_error():
-    """Prints a `UserError` in one line, without a traceback, and exits with its code."""
+    """Prints a `UserError` in one line, without a traceback, and exits with code 2 (NaN: 1)."""
     try:
         yield
     except UserError as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
 
 
-# Command line
 def parse_args(cls, presets, argv=None):
-    """Fills the dataclass `cls` from the command line.
-
-    What is not given comes from the run folder of --resume or --evaluate, else from the preset of
-    the environment id; presets: dict of name -> dict of fields, see `preset_name`.
-    """
-    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    look.add_argument("--env-id", "--env_id", default=cls.env_id)
-    look.add_argument("--observation", default="auto")
-    look.add_argument("--resume")
-    look.add_argument("--evaluate")
-    given, _ = look.parse_known_args(argv)
-    default = {"env_id": given.env_id, **presets[preset_name(given.env_id, given.observation)]}
-    if run := given.resume or given.evaluate:
-        default = load_args(run, cls)
-    args = tyro.cli(cls, default=cls(**default), args=argv)
-    changed = [k for k, v in vars(args).items() if v != getattr(cls(**default), k)]
-    if given.resume and (fixed := [k for k in changed if k not in CHANGEABLE]):
-        raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
+    """Fills the dataclass `cls` from argv, else the run folder given, else the preset of the id."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
+    preset = presets[preset_name(given.env_id, given.observation)]
+    run = given.resume or given.evaluate
+    default = cls(**(load_args(run, cls) if run else {"env_id": given.env_id, **preset}))
+    args = tyro.cli(cls, default=default, args=argv)
+    for name, value in vars(args).items():
+        if given.resume and name not in CHANGEABLE and value != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
@@ -90,93 +70,56 @@ def parse_args(cls, presets, argv=None):
 def check_positive(args, names):
     """Raises UserError for a negative number in the dataclass `args`, or a 0 among the names."""
     for name, value in vars(args).items():
-        positive = name in names.split()
-        if isinstance(value, int | float) and not (value > 0 or (value == 0 and not positive)):
-            least = "above 0" if positive else "0 or more"
+        least = "above 0" if name in names.split() else "0 or more"
+        if isinstance(value, int | float) and not (value > 0 or (value == 0 and "more" in least)):
             raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {least}")
 
 
-# Environments
 def preset_name(env_id, observation):
     """The preset of an environment: atari, dmc_pixels, dmc_vector or other."""
     if env_id.startswith(("dm_control/", "dmc/")):
         return "dmc_vector" if observation == "vector" else "dmc_pixels"
-    spec = gym.registry.get(env_id)
-    atari = env_id.startswith("ALE/") or (spec is not None and "ale_py" in str(spec.entry_point))
-    return "atari" if atari else "other"
+    return "atari" if "ale_py" in str(gym.registry.get(env_id)) else "other"
 
 
 def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False, action_repeat=1,
              time_limit=0, sticky_prob=None, full_action_space=False, render=False):  # fmt: skip
-    """One environment as `Standard` shows it; raises UserError if it cannot be made or shown.
-
-    time_limit: agent steps, 0 leaves the environment's own; episode: number of the first one
-    """
+    """A `Standard` environment, or UserError; time_limit: agent steps, 0 leaves its own."""
     kind = preset_name(env_id, observation)
-    if observation == "auto" and kind == "dmc_pixels":
-        observation = "pixels"
+    observation = "pixels" if kind == "dmc_pixels" and observation == "auto" else observation
     kwargs = {"render_mode": "rgb_array"} if render or observation in ("pixels", "both") else {}
     if kind.startswith("dmc") or (kind == "other" and kwargs):
         choose_gl(needed=kind != "other" and bool(kwargs))
+    if kind.startswith("dmc"):
+        env_id = f"shimmy:dm_control/{env_id.split('/')[1].removesuffix('-v0')}-v0"
+        camera = 2 if "quadruped" in env_id else 0
+        kwargs["render_kwargs"] = {"width": SIZE, "height": SIZE, "camera_id": camera}
+    if kind == "atari":  # frame skip and time limit follow below, so that frames are counted once
+        kwargs |= {"frameskip": 1, "max_episode_steps": -1, "full_action_space": full_action_space}
+        kwargs["obs_type"] = "grayscale" if grayscale else "rgb"
+        if sticky_prob is not None:
+            kwargs["repeat_action_probability"] = sticky_prob
     try:
-        if kind == "atari":
-            if sticky_prob is not None:
-                kwargs["repeat_action_probability"] = sticky_prob
-            kwargs["full_action_space"] = full_action_space
-            kwargs["obs_type"] = "grayscale" if grayscale else "rgb"
-            # Frame skip and time limit are added outside, so that frames are counted once.
-            kwargs |= {"frameskip": 1, "max_episode_steps": -1}
-        if kind in ("atari", "other"):
-            env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        else:
-            env = make_dmc(env_id, **kwargs)
-        if kind == "atari":
-            options = {"frame_skip": action_repeat, "screen_size": SIZE, "grayscale_obs": grayscale}
-            env, action_repeat = gym.wrappers.AtariPreprocessing(env, **options), 1
-    except (ImportError, gym.error.DependencyNotInstalled) as error:
-        raise UserError(f"{env_id} needs a package that is not installed: {error}") from None
-    except (gym.error.Error, TypeError) as error:
-        raise UserError(f"no {env_id}{nearest(env_id, gym.registry)} ({error})") from None
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    except (ImportError, gym.error.Error, TypeError) as error:
+        raise UserError(f"no {env_id}: {error}") from None  # gymnasium's text names the nearest id
+    if kind == "atari":
+        env = gym.wrappers.AtariPreprocessing(env, 30, action_repeat, SIZE, grayscale_obs=grayscale)
+        action_repeat = 1
     env = Standard(env, observation, grayscale, action_repeat, [seed, index, episode])
-    if time_limit:
-        env = gym.wrappers.TimeLimit(env, time_limit)
+    env = gym.wrappers.TimeLimit(env, time_limit or sys.maxsize)
     return gym.wrappers.RecordEpisodeStatistics(env)
-
-
-def nearest(name, names):
-    """'; nearest: a, b' to go on with in an error message, or nothing."""
-    found = difflib.get_close_matches(name, names, 3)
-    return f"; nearest: {', '.join(found)}" if found else ""
-
-
-def make_dmc(env_id, render_mode=None):
-    """A dm_control task: dm_control/ball_in_cup-catch-v0 or dmc/ball_in_cup-catch.
-
-    Terminated only where dm_control's discount is 0; its own limit of 1000 frames truncates.
-    """
-    from dm_control import suite
-    from shimmy.dm_control_compatibility import DmControlCompatibilityV0
-
-    tasks = {"-".join(task): task for task in suite.ALL_TASKS}
-    name = env_id.split("/", 1)[1].removesuffix("-v0")
-    if name not in tasks:
-        raise UserError(f"no environment {env_id}{nearest(name, tasks)}")
-    env = suite.load(*tasks[name])
-    camera = min(2 if name.startswith("quadruped") else 0, env.physics.model.ncam - 1)
-    options = {"width": SIZE, "height": SIZE, "camera_id": camera}
-    return DmControlCompatibilityV0(env, render_mode, options)
 
 
 def choose_gl(needed):
     """Sets MUJOCO_GL to what draws here without a screen: the user's choice, EGL or OSMesa."""
     if "MUJOCO_GL" in os.environ:
         return
+    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
     for gl in ("egl", "osmesa"):
         gl_env = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
-        probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
         if not subprocess.run(probe, env=os.environ | gl_env, capture_output=True).returncode:
-            os.environ.update(gl_env)
-            return
+            return os.environ.update(gl_env)
     if needed:
         raise UserError("no OpenGL without a screen: apt-get install libegl1 libgl1, or libosmesa6")
 
@@ -184,42 +127,39 @@ def choose_gl(needed):
 class Standard(gym.Wrapper):
     """Any Box or Dict of Boxes as a dict of image (C, 64, 64) uint8 and vector (V,) float32.
 
-    Images are the environment's own or rendered. Discrete actions are one-hot; continuous ones are
-    flat and scaled from [-1, 1] to the bounds that are finite. Each is taken `repeat` times. The
-    episode key = [seed, index of the environment, episode] seeds it, so that a run can be resumed.
+    Images are the environment's own or rendered. Discrete actions are one-hot, continuous ones
+    flat in [-1, 1], scaled to finite bounds; each is taken `repeat` times. key = [seed, index of
+    the environment, episode] seeds each episode, so that a resumed run goes on with the next.
     """
 
     def __init__(self, env, observation, grayscale, repeat, key):
         super().__init__(env)
         self.repeat, self.key = repeat, key
         space, self.actions = env.observation_space, env.action_space
-        parts = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
-        if not all(isinstance(part, gym.spaces.Box) for part in parts.values()):
+        boxes = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
+        if not all(isinstance(box, gym.spaces.Box) for box in boxes.values()):
             raise UserError(f"observations {space} are not supported, only Box and Dict of Box")
-        images = [k for k, v in parts.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
-        if any(parts[k].shape[2:] not in ((), (1,), (3,)) for k in images):
-            raise UserError(f"images {space} are not supported, only (H, W), (H, W, 1), (H, W, 3)")
+        images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
         self.images = images if observation != "vector" else []
-        self.vectors = [k for k in parts if k not in images] if observation != "pixels" else []
+        self.vectors = [k for k in boxes if k not in images] if observation != "pixels" else []
         self.draws = observation in ("pixels", "both") and not images
-        if len(self.images) > 1 or not (self.images or self.vectors or self.draws):
+        channels = [boxes[k].shape[2:] for k in self.images]
+        size = sum(gym.spaces.flatdim(boxes[k]) for k in self.vectors)
+        image = gym.spaces.Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
+        vector = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        spaces = {"image": image} if self.images or self.draws else {}
+        spaces |= {"vector": vector} if self.vectors else {}
+        if not spaces or channels not in ([], [()], [(1,)], [(3,)]):
             raise UserError(f"--observation {observation} does not fit observations {space}")
-        spaces = {}
-        if self.images or self.draws:
-            spaces["image"] = gym.spaces.Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
-        if self.vectors:
-            size = sum(math.prod(parts[k].shape) for k in self.vectors)
-            spaces["vector"] = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.observation_space = gym.spaces.Dict(spaces)
-
-        self.discrete = isinstance(self.actions, gym.spaces.Discrete)
-        if self.discrete:
+        if isinstance(self.actions, gym.spaces.Discrete):
             self.action_space = gym.spaces.MultiBinary(int(self.actions.n))
+            self.low, self.high = -1, 1  # not scaled
         elif isinstance(self.actions, gym.spaces.Box):
-            low, high = self.actions.low, self.actions.high
+            low, high = self.actions.low.ravel(), self.actions.high.ravel()
             finite = np.isfinite(low) & np.isfinite(high)
             self.low, self.high = np.where(finite, low, -1), np.where(finite, high, 1)
-            self.action_space = gym.spaces.Box(-1, 1, (math.prod(low.shape),), np.float32)
+            self.action_space = gym.spaces.Box(-1, 1, low.shape, np.float32)
         else:
             raise UserError(f"actions {self.actions} are not supported, only Discrete and Box")
 
@@ -230,11 +170,8 @@ class Standard(gym.Wrapper):
         return self.observe(obs), info
 
     def step(self, action):
-        if self.discrete:
-            action = int(np.argmax(action) + self.actions.start)
-        else:
-            share = (np.reshape(action, self.low.shape) + 1) / 2
-            action = (self.low + share * (self.high - self.low)).astype(self.actions.dtype)
+        action = self.low + (action + 1) / 2 * (self.high - self.low)
+        action = gym.spaces.unflatten(self.actions, action)
         total = 0.0
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -246,37 +183,30 @@ class Standard(gym.Wrapper):
     def observe(self, obs):
         parts, out = obs if isinstance(obs, dict) else {None: obs}, {}
         if self.images or self.draws:
-            out["image"] = self.image(self.env.render() if self.draws else parts[self.images[0]])
-        if self.vectors:
-            vector = np.concatenate([np.ravel(parts[k]) for k in self.vectors])
-            out["vector"] = vector.astype(np.float32)
-        return out
-
-    def image(self, image):
-        """(H, W) or (H, W, C) -> (1 or 3, 64, 64); a pixel is the mean of the area it covers."""
-        shape = self.observation_space["image"].shape
-        if image.shape[:2] != shape[1:]:
+            # (H, W) or (H, W, C) -> (1 or 3, 64, 64); a pixel is the mean of the area it covers
+            image = self.env.render() if self.draws else parts[self.images[0]]
+            shape = self.observation_space["image"].shape
             image = cv2.resize(image, shape[1:], interpolation=cv2.INTER_AREA)
-        if image.ndim == 3 and image.shape[2] == 3 and shape[0] == 1:
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-        return np.broadcast_to(np.atleast_3d(image).transpose(2, 0, 1), shape).copy()
+            if image.ndim == 3 and shape[0] == 1:
+                image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+            out["image"] = np.broadcast_to(np.atleast_3d(image).transpose(2, 0, 1), shape).copy()
+        if self.vectors:
+            out["vector"] = np.hstack([np.ravel(parts[k]) for k in self.vectors], dtype=np.float32)
+        return out
 
 
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
-    """A vector environment of `make_env`s, in processes of their own if parallel."""
-    episodes = episodes or [0] * num_envs
-    make = functools.partial(functools.partial, make_env, **options)
-    fns = [make(index=first_index + i, episode=episodes[i]) for i in range(num_envs)]
-    mode = gym.vector.AutoresetMode.NEXT_STEP
+    """A vector of `make_env`s, each reset by the step after its last (gymnasium's NEXT_STEP)."""
+    numbered = enumerate(episodes or [0] * num_envs, first_index)
+    fns = [partial(make_env, index=i, episode=episode, **options) for i, episode in numbered]
     if not parallel:
-        return gym.vector.SyncVectorEnv(fns, autoreset_mode=mode)
+        return gym.vector.SyncVectorEnv(fns)
     fns[0]().close()  # says here, not in a worker, what is wrong with the id
-    return gym.vector.AsyncVectorEnv(fns, autoreset_mode=mode, context="spawn")
+    return gym.vector.AsyncVectorEnv(fns, context="spawn")
 
 
 def is_discrete(envs):
-    """Whether actions are one-hot."""
-    return isinstance(envs.single_action_space, gym.spaces.MultiBinary)
+    return isinstance(envs.single_action_space, gym.spaces.MultiBinary)  # one-hot
 
 
 def random_actions(envs, rng):
@@ -295,24 +225,19 @@ def reset_rows(envs):
 
 
 def step_rows(envs, action, done):
-    """Steps all environments -> rows: dict of (N, ...), done (N,), info.
-
-    Where done was set the row is a reset: the environment ignored the action, so it is stored as 0.
-    """
+    """Steps all environments -> rows: dict of (N, ...), done (N,), info."""
     obs, reward, terminated, truncated, info = envs.step(action)
-    row = {"reward": reward, "is_first": done, "is_terminal": terminated}
-    row = {k: v.astype(np.float32) for k, v in row.items()}
-    return {**obs, "action": action * ~done[:, None], **row}, terminated | truncated, info
+    action = action * ~done[:, None]  # the row after a done row is a reset, which ignores it
+    row = {"action": action, "reward": reward, "is_first": done, "is_terminal": terminated}
+    return obs | {k: v.astype(np.float32) for k, v in row.items()}, terminated | truncated, info
 
 
 def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment, so that long ones count as well.
 
-    act: rows, state -> action (N, A), state; state is None at the beginning
-    -> returns (episodes,), and if film the first 1000 frames of an episode
+    act: rows, state or None -> action (N, A), state; film: returns 1000 frames at most as well
     """
-    quota = np.full(envs.num_envs, episodes // envs.num_envs)
-    quota[: episodes % envs.num_envs] += 1
+    quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
     returns, frames = [], []
     row, state, done = reset_rows(envs), None, np.zeros(envs.num_envs, bool)
     while quota.any():
@@ -326,17 +251,15 @@ def evaluate(envs, act, episodes, film=False):
     return np.array(returns), frames
 
 
-# Replay
 class Replay:
-    """The last rows of N environments, memory-mapped from .npy files, each image stored once.
+    """The last `capacity` rows of N environments, memory-mapped from .npy files; `row_shapes`.
 
     Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
     share a write head, which no window crosses; a window stays in one environment's stream.
     """
 
     def __init__(self, folder, capacity, shapes, num_envs, seed):
-        """capacity: rows per environment; shapes: see `row_shapes`"""
-        self.folder, self.capacity, self.num_envs = Path(folder), capacity, num_envs
+        self.folder, self.num_envs = Path(folder), num_envs
         self.folder.mkdir(exist_ok=True)
         self.data = {k: self.map(k, (capacity, num_envs, *s), t) for k, (s, t) in shapes.items()}
         self.capacity = len(self.data["action"])  # a resumed run has the size that it began with
@@ -346,7 +269,6 @@ class Replay:
         self.start = self.end = 0  # rows start..end - 1 can be drawn
 
     def map(self, name, shape, dtype):
-        """A new file, or that of a resumed run."""
         path = self.folder / f"{name}.npy"
         if not path.exists():
             np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -366,8 +288,7 @@ class Replay:
     def load_state_dict(self, state):
         """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
         self.end, self.rng.bit_generator.state = state["end"], state["rng"]
-        kept = max(state["start"], int(self.written[0, 0]) - self.capacity)
-        self.start = min(kept, self.end)
+        self.start = min(self.end, max(state["start"], self.written.item() - self.capacity))
 
     def __str__(self):
         size = sum(data.nbytes for data in self.data.values()) / 2**30
@@ -382,28 +303,21 @@ class Replay:
         self.end += 1
 
     def sample(self, batch_size, length, favor_ends=False):
-        """Draws windows uniformly -> dict of (T, B, ...) tensors.
-
-        favor_ends: the window on an episode's last row has the weight of length + 1 others, as in
-        the authors' sampler, which draws starts up to there and clips them to whole windows.
-        """
+        """Draws windows uniformly -> dict of (T, B, ...) tensors."""
         starts = (self.end - self.start - length + 1) * self.num_envs
         assert starts > 0, f"no {length} rows in a replay of {self.end - self.start}"
-        ends = self.episode_ends(length) if favor_ends else ()
+        ends = np.empty(0, int)
+        if favor_ends:  # windows on an episode's last row have the weight of length + 1 others
+            resets = np.flatnonzero(self.data["is_first"][: self.end])
+            age = (resets // self.num_envs - self.start) % self.capacity
+            whole = (age >= length) & (age < self.end - self.start)
+            ends = ((age - length) * self.num_envs + resets % self.num_envs)[whole]
         draw = self.rng.integers(starts + length * len(ends), size=batch_size)
+        extra = draw >= starts
+        draw[extra] = ends[(draw[extra] - starts) // length]
         row, env = self.start + draw // self.num_envs, draw % self.num_envs
-        for i in np.flatnonzero(draw >= starts):
-            last, env[i] = ends[(draw[i] - starts) // length]
-            row[i] = last - length + 1
         index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
         return {k: torch.from_numpy(data[index, env]) for k, data in self.data.items()}
-
-    def episode_ends(self, length):
-        """(row, env) of the last rows of episodes, before a reset row, that end a whole window."""
-        slots = np.flatnonzero(self.data["is_first"][: self.end])
-        age = (slots // self.num_envs - self.start) % self.capacity
-        keep = (age >= length) & (age < self.end - self.start)
-        return np.stack([self.start + age[keep] - 1, slots[keep] % self.num_envs], 1)
 
 
 def row_shapes(envs):
@@ -415,13 +329,12 @@ def row_shapes(envs):
 
 def check_disk(shapes, rows):
     """Raises UserError if the disk has no room for `rows` rows."""
-    row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+    row = sum(np.empty(shape, dtype).nbytes for shape, dtype in shapes.values())
     size, free = rows * row / 2**30, shutil.disk_usage(".").free / 2**30
     if size > free:
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
 
 
-# Device and optimizer step
 def setup(seed, cuda, deterministic, threads):
     """Seeds torch and returns the device; numpy's generators are seeded where they are made."""
     torch.manual_seed(seed)
@@ -439,8 +352,7 @@ def get_rng():
 
 def set_rng(states):
     torch.set_rng_state(states[0].cpu())
-    if torch.cuda.device_count() == len(states) - 1:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
 
 
 def stack(states):
@@ -452,14 +364,12 @@ def detach(tensors):
     return {k: v.detach() for k, v in tensors.items()}
 
 
-@contextlib.contextmanager
 def frozen(module):
-    """Gradients flow through the module, but not into its parameters."""
+    """A context in which gradients flow through the module, but not into its parameters."""
     module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
+    context = contextlib.ExitStack()
+    context.callback(module.requires_grad_, True)
+    return context
 
 
 def opt_step(optimizer, loss, clip):
@@ -475,25 +385,22 @@ def opt_step(optimizer, loss, clip):
 class FiniteGuard:
     """Keeps on the device when each value first was not finite, so that no update waits for it."""
 
-    first = None
+    first = torch.tensor(torch.inf)  # update at which each value went bad
 
     def watch(self, updates, values):
-        """values: dict of (), the same names in every update"""
         bad = ~torch.isfinite(torch.stack([v.float() for v in values.values()]))
-        if self.first is None:
-            self.names, self.first = list(values), torch.full_like(bad, -1, dtype=torch.int64)
-        self.first = torch.where(bad & (self.first < 0), updates, self.first)
+        self.names = list(values)
+        self.first = torch.where(bad, updates, torch.inf).minimum(self.first)
 
     def check(self):
         """Raises NonFiniteError with the update and the names of the first bad values."""
-        if self.first is not None and (self.first >= 0).any():
-            update = int(self.first[self.first >= 0].min())
-            names = [n for n, f in zip(self.names, self.first.tolist(), strict=True) if f == update]
-            names = [n for n in names if n.startswith("losses/")] or names
-            raise NonFiniteError(f"not finite at update {update}: {', '.join(names)}")
+        if self.first.isfinite().any():
+            update = self.first.min()
+            names = [self.names[i] for i in (self.first == update).nonzero()]
+            names = [name for name in names if name.startswith("losses/")] or names
+            raise NonFiniteError(f"not finite at update {update:.0f}: {', '.join(names)}")
 
 
-# Run folders
 def new_run(args):
     """Makes runs/{env_id}__{exp_name}__{seed}__{time} and its args.yaml; args is a dict."""
     env_id = args["env_id"].replace("/", "-").replace(":", "-")
@@ -509,7 +416,7 @@ def load_args(run, cls):
         args = yaml.safe_load((Path(run) / "args.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         raise UserError(f"{run} is no run folder: no args.yaml can be read in it") from None
-    if not isinstance(args, dict) or set(args) != {f.name for f in dataclasses.fields(cls)}:
+    if not isinstance(args, dict) or set(args) != set(vars(cls())):
         raise UserError(f"{run} is a run of another script or version: its args.yaml differs")
     return args
 
@@ -528,20 +435,17 @@ def load_checkpoint(run, device):
     """Reads checkpoint.pt; nothing in it is executed."""
     try:
         return torch.load(Path(run) / "checkpoint.pt", map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{run} has no checkpoint: the run ended before the first one") from None
-    except Exception as error:
-        raise UserError(f"{run}/checkpoint.pt cannot be read: {error}"[:200]) from None
+    except Exception as error:  # whatever a file from someone else may hold
+        raise UserError(f"no checkpoint can be read in {run}: {error}"[:200]) from None
 
 
 class Interrupt:
     """Lets the step end on Ctrl-C (code 130) or SIGTERM (143); a second Ctrl-C stops at once."""
 
-    code = 0
-
     def __init__(self):
-        signal.signal(signal.SIGINT, self.note)
-        signal.signal(signal.SIGTERM, self.note)
+        self.code = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
 
     def note(self, number, frame):
         self.code = 128 + number
@@ -549,24 +453,20 @@ class Interrupt:
 
 
 def crossed(before, after, every):
-    """Whether a multiple of `every` lies in (before, after]; 0 is never."""
-    return every > 0 and before // every != after // every
+    return every > 0 and before // every != after // every  # is a multiple in (before, after]?
 
 
 class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar."""
 
     def __init__(self, run, args, frames=0, updates=0, seconds=0.0):
-        """args: dict; frames, updates and seconds: where a resumed run goes on"""
         if args["track"]:
             import wandb
 
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.run, self.began, self.shown = run, time.time() - seconds, {}
-        self.last = (seconds, frames, updates)
+        self.last = np.array([seconds, frames, updates])
         # What a killed run logged after its last checkpoint will be logged again.
         self.writer, path = SummaryWriter(run, purge_step=frames or None), run / "metrics.jsonl"
         rows = path.read_text().splitlines(True) if frames else []
@@ -583,34 +483,27 @@ class Logger:
 
     def log(self, metrics, frames, updates):
         """Writes a row; metrics: dict of tag -> number or tensor ()"""
-        metrics = {k: float(v) for k, v in metrics.items()}
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, frames)
         row = {"frames": frames, "updates": updates, "seconds": round(self.seconds(), 3)}
-        self.file.write(json.dumps(row | metrics) + "\n")
+        self.file.write(json.dumps(row | metrics, default=float) + "\n")
         tags = {"charts/episodic_return": "return", "time/updates_per_second": "updates/s"}
         self.shown |= {tags[k]: f"{v:.4g}" for k, v in metrics.items() if k in tags}
         self.bar.set_postfix(self.shown, refresh=False)
 
     def speed(self, frames, updates):
         """Frames and updates per second since it was asked last."""
-        now, last = (self.seconds(), frames, updates), self.last
-        self.last, (seconds, *counts) = now, np.subtract(now, last)
-        return {"charts/SPS": counts[0] / seconds, "time/updates_per_second": counts[1] / seconds}
+        last, self.last = self.last, np.array([self.seconds(), frames, updates])
+        frames, updates = (self.last - last)[1:] / (self.last - last)[0]
+        return {"charts/SPS": frames, "time/updates_per_second": updates}
 
     def gif(self, tag, video, frames):
         """video: (T, H, W) or (T, H, W, 3) uint8, to TensorBoard and the run folder's videos/."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         path = self.run / "videos" / f"{tag.replace('/', '_')}_{frames}.gif"
         save_gif(path, video)
         image = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         self.writer.file_writer.add_summary(summary, frames)
-
-    def close(self):
-        for closing in (self.bar, self.file, self.writer):
-            closing.close()
 
 
 def save_gif(path, video):
@@ -622,5 +515,5 @@ def save_gif(path, video):
 
 def tile(video):
     """(T, B, C, H, W) in [0, 1] -> (T, H, B * W) or (T, H, B * W, 3) uint8, side by side."""
-    video = (video.clamp(0, 1) * 255).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).cpu().numpy()
-    return video.squeeze(-1) if video.shape[-1] == 1 else video
+    video = (video.clamp(0, 1) * 255).byte().permute(0, 3, 1, 4, 2).flatten(2, 3)
+    return video.squeeze(-1).cpu().numpy()

@@ -706,7 +706,7 @@ def main(args):
             saved["counters"] = (step, updates, logger.seconds(), episodes)
             common.save_checkpoint(run, saved)
 
-    for closing in (logger, envs, eval_envs):
+    for closing in (logger.bar, logger.file, logger.writer, envs, eval_envs):
         closing.close()
     if interrupt.code:
         print(f"stopped at frame {step * args.action_repeat:,}; python {__file__} --resume {run}")

@@ -408,7 +408,7 @@ def test_dm_control_actions_fill_their_bounds():
 
 
 def test_a_misspelt_dm_control_task_names_the_nearest():
-    with pytest.raises(common.UserError, match="nearest: walker-walk"):
+    with pytest.raises(common.UserError, match="Did you mean: `walker-walk`"):
         common.make_env("dm_control/walker-wlk-v0", 1, 0)
 
 
@@ -706,11 +706,12 @@ def test_an_observation_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(("wrong", "right"), [
-    ("CartPol-v1", "CartPole-v1"), ("PongNoFrameskp-v4", "PongNoFrameskip-v4"),
-    ("ALE/Pongg-v5", "ALE/Pong-v5"), ("Pendulum-v9", "Pendulum-v1"),
+    ("CartPol-v1", "Did you mean: `CartPole`"), ("Pendulum-v9", "Pendulum.*`v1`"),
+    ("PongNoFrameskp-v4", "Did you mean: `PongNoFrameskip`"),
+    ("ALE/Pongg-v5", "namespace ALE. Did you mean: `Pong`"),
 ])  # fmt: skip
 def test_an_unknown_id_names_the_nearest(wrong, right):
-    with pytest.raises(common.UserError, match=f"nearest:.* {right}"):
+    with pytest.raises(common.UserError, match=f"^no {wrong}: .*{right}"):
         common.make_env(wrong, 1, 0)
 
 

@@ -417,7 +417,7 @@ def refuse(script, flags, capsys):
 
 
 BAD = {
-    "--env-id CartPol-v1": "CartPol-v1.*CartPole-v1",
+    "--env-id CartPol-v1": "CartPol-v1.*Did you mean: `CartPole`",
     "--env-id Nothing/Like-this-v0": "no Nothing/Like-this-v0",
     "--env-id no_module:Thing-v0": "no_module",
     "--env-id dm_control/walker-wlk-v0": "dm_control/walker-wlk-v0.*walker-walk",
@@ -448,8 +448,8 @@ BAD = {
     "--evaluate nowhere": "nowhere is no run folder",
     "--resume empty": "empty is no run folder",
     "--resume foreign": "foreign is a run of another script",
-    "--resume begun": "begun has no checkpoint",
-    "--evaluate begun": "begun has no checkpoint",
+    "--resume begun": "no checkpoint can be read in begun",
+    "--evaluate begun": "no checkpoint can be read in begun",
     "--resume begun --deter 32": "--deter cannot change",
 }  # fmt: skip
 
@@ -490,7 +490,7 @@ def test_a_flag_that_cannot_be_read_is_named(script, tmp_path, monkeypatch, caps
 def test_the_script_itself_exits_with_code_2_and_one_line(script, tmp_path):
     done = finish(start(script, "--env-id CartPol-v1", tmp_path), code=2)
     assert done.out == ""
-    assert re.fullmatch(r"error: no CartPol-v1; nearest: CartPole-v1[^\n]*\n", done.err)
+    assert re.fullmatch(r"error: no CartPol-v1: [^\n]*Did you mean: `CartPole`[^\n]*\n", done.err)
     assert not list(tmp_path.iterdir())
 
 
