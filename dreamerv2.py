@@ -682,7 +682,7 @@ def main(args):
             if updates == 3 and device.type == "cpu" and "image" in shapes:
                 hours = (time.time() - began) * (steps - step) / args.train_every / 3600
                 other = f"python {Path(__file__).name} --env-id CartPole-v1"
-                logger.bar.write(f"{hours:,.0f} hours to go on this CPU; {other} takes minutes")
+                logger.bar.write(f"{hours:,.1f} hours to go on this CPU; {other} takes minutes")
 
         logger.bar.update(frames - before)
         last = step >= steps or interrupt.code

@@ -4,6 +4,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
+
 import dreamerv2
 
 ROOT = Path(__file__).parent.parent
@@ -57,3 +59,14 @@ def test_ci_runs_the_line_that_the_readme_gives():
     block = re.search(r"<!-- test-command -->\n```bash\n(.*)\n```", README)[1]
     assert block == "python -m pytest && python -m pytest -m slow"
     assert "test-command" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_results_are_those_of_the_run_cards():
+    table = README.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    rows = re.findall(r"\| `python (\w+)\.py --env-id (\S+)` \| ([\d,]+) \| ([^|]+) \|", table)
+    assert rows
+    for script, env_id, frames, returns in rows:
+        name = f"{script}-{env_id.replace('/', '-')}"
+        card = yaml.safe_load((ROOT / "benchmarks" / "curves" / f"{name}.yaml").read_text())
+        assert [float(x) for x in returns.split(",")] == card["final_eval_return"], env_id
+        assert int(frames.replace(",", "")) == card["args"]["total_frames"], env_id
