@@ -16,7 +16,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import ale_py  # noqa: F401  registers the Atari games
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -28,9 +27,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+with contextlib.suppress(ImportError):
+    import ale_py  # noqa: F401  registers the Atari games
+
 SIZE = 64  # height and width of images, as in both papers
-CHANGEABLE = """resume total_frames log_every eval_every eval_episodes video_every checkpoint_every
-    capture_video track cuda threads""".split()  # by --resume
+CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every
+    checkpoint_every capture_video track cuda threads""".split()  # in a run that exists
 
 
 class UserError(Exception):
@@ -59,9 +61,10 @@ def parse_args(cls, presets, argv=None):
     run = given.resume or given.evaluate
     default = cls(**(load_args(run, cls) if run else {"env_id": given.env_id, **preset}))
     args = tyro.cli(cls, default=default, args=argv)
+    free = [*CHANGEABLE, "seed"] if given.evaluate else CHANGEABLE
     for name, value in vars(args).items():
-        if given.resume and name not in CHANGEABLE and value != getattr(default, name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+        if run and name not in free and value != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} cannot change in a run that exists")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
@@ -79,7 +82,7 @@ def preset_name(env_id, observation):
     """The preset of an environment: atari, dmc_pixels, dmc_vector or other."""
     if env_id.startswith(("dm_control/", "dmc/")):
         return "dmc_vector" if observation == "vector" else "dmc_pixels"
-    return "atari" if "ale_py" in str(gym.registry.get(env_id)) else "other"
+    return "atari" if "ALE/" in env_id or "ale_py" in str(gym.registry.get(env_id)) else "other"
 
 
 def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False, action_repeat=1,
@@ -102,7 +105,9 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except (ImportError, gym.error.Error, TypeError) as error:
-        raise UserError(f"no {env_id}: {error}") from None  # gymnasium's text names the nearest id
+        raise UserError(
+            f"no {env_id.removeprefix('shimmy:')}: {error}"
+        ) from None  # gymnasium's text names the nearest id
     if kind == "atari":
         env = gym.wrappers.AtariPreprocessing(env, 30, action_repeat, SIZE, grayscale_obs=grayscale)
         action_repeat = 1
@@ -120,16 +125,15 @@ def choose_gl(needed):
         gl_env = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
         if not subprocess.run(probe, env=os.environ | gl_env, capture_output=True).returncode:
             return os.environ.update(gl_env)
-    if needed:
+    if needed and importlib.util.find_spec("mujoco"):
         raise UserError("no OpenGL without a screen: apt-get install libegl1 libgl1, or libosmesa6")
 
 
 class Standard(gym.Wrapper):
     """Any Box or Dict of Boxes as a dict of image (C, 64, 64) uint8 and vector (V,) float32.
 
-    Images are the environment's own or rendered. Discrete actions are one-hot, continuous ones
-    flat in [-1, 1], scaled to finite bounds; each is taken `repeat` times. key = [seed, index of
-    the environment, episode] seeds each episode, so that a resumed run goes on with the next.
+    Images are its own or rendered. Discrete actions are one-hot, others flat in [-1, 1] and scaled
+    to finite bounds; each is taken `repeat` times. key = [seed, index, episode] seeds the reset.
     """
 
     def __init__(self, env, observation, grayscale, repeat, key):
@@ -201,8 +205,10 @@ def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options)
     fns = [partial(make_env, index=i, episode=episode, **options) for i, episode in numbered]
     if not parallel:
         return gym.vector.SyncVectorEnv(fns)
-    fns[0]().close()  # says here, not in a worker, what is wrong with the id
-    return gym.vector.AsyncVectorEnv(fns, context="spawn")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the workers as well
+    envs = gym.vector.AsyncVectorEnv(fns, context="spawn")
+    signal.signal(signal.SIGINT, handler)
+    return envs
 
 
 def is_discrete(envs):
@@ -233,10 +239,7 @@ def step_rows(envs, action, done):
 
 
 def evaluate(envs, act, episodes, film=False):
-    """Plays whole episodes, equally many in each environment, so that long ones count as well.
-
-    act: rows, state or None -> action (N, A), state; film: returns 1000 frames at most as well
-    """
+    """Plays whole episodes, equally many in each environment -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
     returns, frames = [], []
     row, state, done = reset_rows(envs), None, np.zeros(envs.num_envs, bool)
@@ -252,10 +255,10 @@ def evaluate(envs, act, episodes, film=False):
 
 
 class Replay:
-    """The last `capacity` rows of N environments, memory-mapped from .npy files; `row_shapes`.
+    """The last rows of N environments, memory-mapped from .npy files; shapes as in `row_shapes`.
 
     Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
-    share a write head, which no window crosses; a window stays in one environment's stream.
+    share a write head; no window crosses it, and a window stays in one environment's stream.
     """
 
     def __init__(self, folder, capacity, shapes, num_envs, seed):
@@ -288,7 +291,9 @@ class Replay:
     def load_state_dict(self, state):
         """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
         self.end, self.rng.bit_generator.state = state["end"], state["rng"]
-        self.start = min(self.end, max(state["start"], self.written.item() - self.capacity))
+        if (written := self.written.item()) < self.end:
+            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
+        self.start = min(self.end, max(state["start"], written - self.capacity))
 
     def __str__(self):
         size = sum(data.nbytes for data in self.data.values()) / 2**30
@@ -346,8 +351,7 @@ def setup(seed, cuda, deterministic, threads):
 
 
 def get_rng():
-    """The states of torch's generators, of the CPU and of each GPU."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and each GPU
 
 
 def set_rng(states):
@@ -356,8 +360,7 @@ def set_rng(states):
 
 
 def stack(states):
-    """A list of dicts of (...) -> a dict of (T, ...)."""
-    return {k: torch.stack([state[k] for state in states]) for k in states[0]}
+    return {k: torch.stack([state[k] for state in states]) for k in states[0]}  # (T, ...)
 
 
 def detach(tensors):
@@ -376,8 +379,7 @@ def opt_step(optimizer, loss, clip):
     """One gradient step -> the gradient's global norm before it was clipped, ()."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
     return norm
 
@@ -395,10 +397,9 @@ class FiniteGuard:
     def check(self):
         """Raises NonFiniteError with the update and the names of the first bad values."""
         if self.first.isfinite().any():
-            update = self.first.min()
-            names = [self.names[i] for i in (self.first == update).nonzero()]
+            names = [self.names[i] for i in (self.first == self.first.min()).nonzero()]
             names = [name for name in names if name.startswith("losses/")] or names
-            raise NonFiniteError(f"not finite at update {update:.0f}: {', '.join(names)}")
+            raise NonFiniteError(f"not finite at update {self.first.min():.0f}: {', '.join(names)}")
 
 
 def new_run(args):
@@ -468,7 +469,7 @@ class Logger:
         self.run, self.began, self.shown = run, time.time() - seconds, {}
         self.last = np.array([seconds, frames, updates])
         # What a killed run logged after its last checkpoint will be logged again.
-        self.writer, path = SummaryWriter(run, purge_step=frames or None), run / "metrics.jsonl"
+        self.writer, path = SummaryWriter(run, purge_step=frames + 1), run / "metrics.jsonl"
         rows = path.read_text().splitlines(True) if frames else []
         rows = [r for r in rows if r.endswith("\n") and json.loads(r)["frames"] <= frames]
         path.write_text("".join(rows))

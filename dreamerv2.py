@@ -21,6 +21,8 @@ A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector.
 A scalar per step is (T, B).
 """
 
+import common  # isort: skip  first, because it checks the version of Python
+
 import functools
 import math
 import time
@@ -29,7 +31,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import common  # first, because it checks the version of Python
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ class Args:
     eval_episodes: int = 1  # episodes of an evaluation
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
-    capture_video: bool = False  # film the first episode of each evaluation
+    capture_video: bool = False  # film how each evaluation begins
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "dreamer"  # its project
     wandb_entity: str | None = None  # its team
@@ -487,7 +488,7 @@ class WorldModel(nn.Module):
         """
         first = {k: v[:context] for k, v in batch.items()}
         state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
-        states = [{k: v[t] for k, v in state.items()} for t in range(context)]
+        states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
         model = self.decoder(self.rssm.feat(common.stack(states)))["image"] + 0.5
@@ -610,7 +611,7 @@ def main(args):
     saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
     options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
     options = {k: getattr(args, k) for k in options.split()}
-    options["time_limit"] = args.time_limit // args.action_repeat
+    options["time_limit"] = -(-args.time_limit // args.action_repeat)
     eval_envs = common.make_envs(  # with seeds of their own
         min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
     )
@@ -640,9 +641,9 @@ def main(args):
         )
     if not saved:
         common.check_disk(shapes, rows * args.num_envs)
-        run = common.new_run(config)
     step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
+    run = run if saved else common.new_run(config)
     replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
     if saved:
         replay.load_state_dict(saved["replay"])
@@ -672,7 +673,7 @@ def main(args):
 
         due = args.pretrain + 1 + (step - args.prefill) // args.train_every
         ready = step >= args.prefill and replay.end - replay.start >= args.batch_length
-        while ready and updates < due:
+        while ready and updates < due and not interrupt.code:
             began = time.time()
             batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
             batch = {k: v.to(device) for k, v in batch.items()}

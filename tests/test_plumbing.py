@@ -61,7 +61,8 @@ def parse(line):
 
 # Command line
 @pytest.mark.parametrize(("line", "lr"), [
-    ("", 0.1), ("--env-id ALE/Pong-v5", 0.1), ("--env-id BreakoutNoFrameskip-v4", 0.1),
+    ("", 0.1), ("--env-id ALE/Pong-v5", 0.1), ("--env-id ALE/Pong", 0.1),
+    ("--env-id BreakoutNoFrameskip-v4", 0.1),
     ("--env-id dm_control/walker-walk-v0", 0.2), ("--env-id=dmc/walker-walk", 0.2),
     ("--env_id dmc/walker-walk --observation both", 0.2),
     ("--env-id dmc/walker-walk --observation vector", 0.3),
@@ -404,6 +405,9 @@ def test_a_resumed_log_goes_on_where_it_was(run, logger):
     assert [row["frames"] for row in rows(run)] == [8, 12]
     assert 1000 <= rows(run)[1]["seconds"] < 1060
     assert again.bar.n == 8
+    again.writer.flush()
+    logger.writer.flush()
+    assert [point.step for point in events(run).Scalars("losses/kl")] == [8, 12]
     close(again)
 
 
@@ -446,7 +450,7 @@ def test_tile_puts_the_videos_of_a_batch_side_by_side():
 
 
 def test_a_python_that_is_too_old_is_told_so():
-    code = "import sys; sys.version_info = (3, 10, 4); import common"
+    code = "import sys; sys.version_info = (3, 10, 4); import dreamerv2"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

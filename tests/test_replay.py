@@ -314,3 +314,15 @@ def test_a_state_never_knows_more_rows_than_the_disk_holds(tmp_path, monkeypatch
     replay.state_dict()
     names = {os.path.basename(name) for name in flushed}
     assert names == {f"{name}.npy" for name in (*SHAPES, "written")}
+
+
+def test_a_checkpoint_without_its_rows_is_a_user_error(tmp_path):
+    envs = common.make_envs(2, env_id="CartPole-v1", seed=1)
+    shapes, row = common.row_shapes(envs), common.reset_rows(envs)
+    replay = common.Replay(tmp_path / "whole", 10, shapes, 2, 0)
+    for _ in range(3):
+        replay.add(row)
+    state = replay.state_dict()
+    with pytest.raises(common.UserError, match="lacks rows"):
+        common.Replay(tmp_path / "empty", 10, shapes, 2, 0).load_state_dict(state)
+    envs.close()

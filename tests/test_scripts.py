@@ -262,7 +262,7 @@ def test_several_processes_give_the_metrics_of_one(script, tmp_path):
 @pytest.mark.slow
 def test_capture_video_films_an_episode_of_each_evaluation(script, tmp_path):
     flags = (
-        f"--env-id CartPole-v1 {SMALL} --pixels --capture-video --eval-every 150 --video-every 250"
+        f"--env-id CartPole-v1 {SMALL} --pixels --capture-video --eval-every 250 --video-every 250"
     )
     run = play(script, flags, tmp_path)
     evaluations = [row for row in run.rows if "eval/episodic_return" in row]
@@ -366,6 +366,21 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     assert metrics(folder)[-1]["frames"] == step
     [line] = [line for line in done.out.splitlines() if "--resume" in line]
     assert f"{script} --resume {folder.relative_to(tmp_path)}" in line
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_path):
+    flags = f"--env-id CartPole-v1 {SIZES} --num-envs 2 --async-envs --total-frames 100000"
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *flags.split(), "--log-every", "50"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, start_new_session=True, **pipes)
+    folder = wait_for(
+        tmp_path, lambda folder: '"updates": 5' in (folder / "metrics.jsonl").read_text()
+    )
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process of the group
+    finish(process, 130)
+    assert counters(folder)[1] >= 5
 
 
 def test_a_signal_in_an_evaluation_ends_a_run_with_a_checkpoint(script, tmp_path, monkeypatch):
