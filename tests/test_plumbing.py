@@ -123,9 +123,11 @@ def test_resume_may_change_how_long_and_where_but_not_what_is_learned(run):
             parse(f"--resume {run} {change}")
 
 
-def test_evaluate_may_change_what_it_likes(run):
+def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(run):
     args = parse(f"--evaluate {run} --eval-episodes 9 --seed 4")
     assert (args.eval_episodes, args.seed, args.lr) == (9, 4, 0.7)
+    with pytest.raises(common.UserError, match="--lr cannot change"):
+        parse(f"--evaluate {run} --lr 0.8")
 
 
 def test_numbers_that_make_no_sense_are_refused():
