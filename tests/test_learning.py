@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-# Three seeds had 322 to 500 and -155 to -137 at this point; random play has 22 and -1200.
+# Three seeds had 322 to 500 and -155 to -137 at this point; random play has about 22 and -1200.
 @pytest.mark.slow
-@pytest.mark.parametrize(("env_id", "least"), [("CartPole-v1", 200), ("Pendulum-v1", -400)])
+@pytest.mark.parametrize(("env_id", "least"), [("CartPole-v1", 100), ("Pendulum-v1", -700)])
 @pytest.mark.parametrize("script", ["dreamerv2.py"])
 def test_the_default_preset_learns_in_10000_frames(script, env_id, least, tmp_path):
     command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--total-frames", "10000"]
