@@ -367,11 +367,11 @@ def detach(tensors):
     return {k: v.detach() for k, v in tensors.items()}
 
 
-def frozen(module):
-    """A context in which gradients flow through the module, but not into its parameters."""
-    module.requires_grad_(False)
+def frozen(*modules):
+    """A context in which gradients flow through the modules, but not into their parameters."""
+    modules = torch.nn.ModuleList(modules).requires_grad_(False)
     context = contextlib.ExitStack()
-    context.callback(module.requires_grad_, True)
+    context.callback(modules.requires_grad_, True)
     return context
 
 

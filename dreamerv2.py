@@ -152,8 +152,8 @@ def block(layer, args):
     return nn.Sequential(*modules)
 
 
-def mlp(inputs, args):
-    sizes = [inputs] + [args.units] * args.layers
+def mlp(inputs, layers, args):
+    sizes = [inputs] + [args.units] * layers
     return nn.Sequential(*(block(nn.Linear(i, o), args) for i, o in pairwise(sizes)))
 
 
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
             self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
             self.size += 32 * d
         if self.vector:
-            self.mlp = mlp(self.vector[0], args)
+            self.mlp = mlp(self.vector[0], args.layers, args)
             self.size += args.units
 
     def forward(self, obs):
@@ -202,7 +202,8 @@ class Decoder(nn.Module):
                 nn.ConvTranspose2d(d, self.image[0], 6, 2),
             )
         if self.vector:
-            self.mlp = nn.Sequential(mlp(feat_size, args), nn.Linear(args.units, self.vector[0]))
+            layers = mlp(feat_size, args.layers, args)
+            self.mlp = nn.Sequential(layers, nn.Linear(args.units, self.vector[0]))
 
     def forward(self, feat):
         recon = {}
@@ -217,9 +218,9 @@ class Decoder(nn.Module):
 class Head(nn.Module):
     """A scalar from the features: (..., F) -> (...)."""
 
-    def __init__(self, feat_size, args):
+    def __init__(self, feat_size, layers, args):
         super().__init__()
-        self.mlp, self.out = mlp(feat_size, args), nn.Linear(args.units, 1)
+        self.mlp, self.out = mlp(feat_size, layers, args), nn.Linear(args.units, 1)
 
     def forward(self, feat):
         return self.out(self.mlp(feat)).squeeze(-1).float()
@@ -232,8 +233,8 @@ class Head(nn.Module):
 class TwoHotHead(Head):
     """The mean of 255 bins, spaced and learned as in DreamerV3."""
 
-    def __init__(self, feat_size, args):
-        super().__init__(feat_size, args)
+    def __init__(self, feat_size, layers, args):
+        super().__init__(feat_size, layers, args)
         self.out = nn.Linear(args.units, 255)
         x = torch.linspace(-20, 20, 255)
         self.register_buffer("bins", x.sign() * x.abs().expm1())  # symexp
@@ -319,7 +320,7 @@ class Actor(nn.Module):
     def __init__(self, feat_size, action_dim, args):
         super().__init__()
         self.dist = args.actor_dist
-        self.mlp, self.out = mlp(feat_size, args), nn.Linear(args.units, action_dim)
+        self.mlp, self.out = mlp(feat_size, args.layers, args), nn.Linear(args.units, action_dim)
         if self.dist != "onehot":
             self.std = nn.Linear(args.units, action_dim)
 
@@ -355,7 +356,7 @@ class RSSM(nn.Module):
 
     def initial(self, batch):
         """The zero state that every sequence starts from: deter (B, D), stoch (B, S * K)."""
-        zeros = self.gru_norm.weight.new_zeros
+        zeros = self.img_out[1].bias.new_zeros
         return {"deter": zeros(batch, self.deter), "stoch": zeros(batch, self.stoch_size)}
 
     def feat(self, state):
@@ -437,9 +438,9 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(shapes, args)
         self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
-        reward_head = {"normal": Head, "twohot": TwoHotHead}[args.reward_head]
-        self.reward = reward_head(self.rssm.feat_size, args)
-        self.discount = Head(self.rssm.feat_size, args) if args.discount_head else None
+        size, layers = self.rssm.feat_size, args.layers
+        self.reward = {"normal": Head, "twohot": TwoHotHead}[args.reward_head](size, layers, args)
+        self.discount = Head(size, layers, args) if args.discount_head else None
 
     def loss(self, batch):
         """Eq. 2: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
@@ -548,7 +549,7 @@ def make_agent(shapes, args):
     model = WorldModel(shapes, args)
     size, action_dim = model.rssm.feat_size, shapes["action"][0]
     agent = nn.ModuleDict({"world_model": model, "actor": Actor(size, action_dim, args)})
-    agent["critic"], agent["slow_critic"] = Head(size, args), Head(size, args)
+    agent["critic"], agent["slow_critic"] = (Head(size, args.layers, args) for _ in range(2))
     for module in agent.modules():  # as Keras has it, unasked
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)

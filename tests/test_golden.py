@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import dreamerv1
 import dreamerv2
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = ["dreamerv2_discrete", "dreamerv2_continuous", "dreamerv2_vector_and_image"]
+CASES = ["dreamerv1_discrete", "dreamerv1_continuous"]
+CASES += ["dreamerv2_discrete", "dreamerv2_continuous", "dreamerv2_vector_and_image"]
 
 
 def our_name(name):
@@ -47,43 +49,37 @@ def mlp_of(inputs, sizes):
     return nn.Sequential(*(nn.Sequential(nn.Linear(i, o), nn.ELU()) for i, o in pairs))
 
 
-def golden_agent(figures, config):
+def golden_agent(script, figures, config):
     """Our agent with the sizes and weights of a case; no preset has heads of such sizes."""
     data = {k: v for k, v in figures.items() if k.startswith("data/")}
     keys = ("image", "vector", "action")
     shapes = {k: data[f"data/{k}"].shape[2:] for k in keys if f"data/{k}" in data}
+    fields = set(vars(script.Args()))
+    args = script.Args(**{k: v for k, v in config.items() if k in fields})
     c = SimpleNamespace(**config)
-    same = """deter hidden stoch classes cnn_depth kl_scale kl_balance free_nats free_avg gamma
-        discount_scale discount_lambda actor_entropy actor_dist actor_grad actor_grad_mix"""
-    args = dreamerv2.Args(
-        **{name: config[name] for name in same.split()},
-        units=c.encoder_mlp[-1],
-        layers=1,
-        imag_horizon=c.horizon,
-        discount_head="weight/discount.out.bias" in figures,
-        reward_transform={"tanh": "tanh", "identity": "none"}[c.reward_transform],
-    )
-    agent = dreamerv2.make_agent(shapes, args)
+    args.imag_horizon = c.horizon
+    args.discount_head = "weight/discount.out.bias" in figures
+    args.reward_transform = {"tanh": "tanh", "identity": "none"}[c.reward_transform]
+    if script is dreamerv2:
+        args.units, args.layers = c.encoder_mlp[-1], 1
+    agent = script.make_agent(shapes, args)
     model, feat = agent["world_model"], agent["world_model"].rssm.feat_size
-    if "vector" in shapes:
-        size = shapes["vector"][0]
-        model.encoder.mlp = mlp_of(size, c.encoder_mlp)
-        model.decoder.mlp = nn.Sequential(
-            mlp_of(feat, c.decoder_mlp), nn.Linear(c.decoder_mlp[-1], size)
-        )
-    heads = {
-        "actor": agent["actor"],
-        "critic": agent["critic"],
-        "slow_critic": agent["slow_critic"],
-    }
-    heads |= {"reward": model.reward, "discount": model.discount}
-    for name, head in heads.items():
-        if head is not None:
-            layers = getattr(c, f"{name.removeprefix('slow_')}_layers")
-            units = getattr(c, f"{name.removeprefix('slow_')}_units")
-            head.mlp = mlp_of(feat, [units] * layers)
-            for out in {"out", "std"} & set(dict(head.named_children())):
-                setattr(head, out, nn.Linear(units, getattr(head, out).out_features))
+    if script is dreamerv2:  # each head has a size of its own, which no flag can say
+        if "vector" in shapes:
+            size = shapes["vector"][0]
+            model.encoder.mlp = mlp_of(size, c.encoder_mlp)
+            model.decoder.mlp = nn.Sequential(
+                mlp_of(feat, c.decoder_mlp), nn.Linear(c.decoder_mlp[-1], size)
+            )
+        heads = {k: v for k, v in agent.items() if k != "world_model"}
+        heads |= {"reward": model.reward, "discount": model.discount}
+        for name, head in heads.items():
+            if head is not None:
+                layers = getattr(c, f"{name.removeprefix('slow_')}_layers")
+                units = getattr(c, f"{name.removeprefix('slow_')}_units")
+                head.mlp = mlp_of(feat, [units] * layers)
+                for out in {"out", "std"} & set(dict(head.named_children())):
+                    setattr(head, out, nn.Linear(units, getattr(head, out).out_features))
     weights = {
         our_name(k.removeprefix("weight/")): v
         for k, v in figures.items()
@@ -96,11 +92,19 @@ def golden_agent(figures, config):
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
     """The figures of a case beside what our code computes, every sample replaced by the mode."""
+    script = dreamerv1 if "dreamerv1" in request.param else dreamerv2
     figures = dict(np.load(GOLDEN / f"{request.param}.npz", allow_pickle=False))
-    agent, args = golden_agent(figures, json.loads(str(figures["config"])))
-    monkeypatch.setattr(
-        torch.Tensor, "exponential_", lambda x: x.fill_(1.0)
-    )  # Gumbel noise 0: the argmax
+    if request.param == "dreamerv1_continuous":  # mean and std are one layer of the authors'
+        for key in [k for k in figures if "/actor.out." in k]:
+            figures[key], figures[key.replace("out", "std")] = np.split(figures[key], 2)
+    agent, args = golden_agent(script, figures, json.loads(str(figures["config"])))
+    # Gumbel noise 0, so that one-hot samples are the argmax, and Gaussian samples are the mean.
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.fill_(1.0))
+
+    def normal_mean(self, sample_shape=()):
+        return self.loc.expand(*sample_shape, *self.loc.shape)
+
+    monkeypatch.setattr(torch.distributions.Normal, "rsample", normal_mean)
 
     def trunc_normal_mode(self):
         return self.mode + (self.mode.clamp(-1 + 1e-6, 1 - 1e-6) - self.mode).detach()
@@ -111,32 +115,34 @@ def case(request, monkeypatch):
         for k, v in figures.items()
         if k.startswith("data/")
     }
-    model, actor, critic, slow_critic = agent.values()
+    batch.setdefault("is_first", torch.zeros_like(batch["reward"]))  # V1 has no resets
+    model, *behavior = agent.values()
     ours = {}
-    returns = dreamerv2.lambda_return
+    returns = script.lambda_return
     imagine = model.rssm.imagine
 
     def keep_return(*a):
-        ours["imag/reward"], ours["imag/slow_value"] = a[0], torch.cat([a[1], a[3][None]])
-        ours["imag/discount"], ours["imag/target"] = a[2], returns(*a)
-        return ours["imag/target"]
+        value = "imag/value" if script is dreamerv1 else "imag/slow_value"
+        target = "imag/return" if script is dreamerv1 else "imag/target"
+        ours["imag/reward"], ours[value] = a[0], torch.cat([a[1], a[3][None]])
+        ours["imag/discount"], ours[target] = a[2], returns(*a)
+        return ours[target]
 
     def keep_imagined(*a):
         states, action = imagine(*a)
         ours["imag/feat"], ours["imag/action"] = model.rssm.feat(states), action
         return states, action
 
-    monkeypatch.setattr(dreamerv2, "lambda_return", keep_return)
+    monkeypatch.setattr(script, "lambda_return", keep_return)
     monkeypatch.setattr(model.rssm, "imagine", keep_imagined)
     loss, post, metrics = model.loss(batch)
     loss.backward()
-    actor_loss, critic_loss, more = dreamerv2.behavior_loss(
-        model, actor, critic, slow_critic, post, batch["is_terminal"], args
+    actor_loss, critic_loss, more = script.behavior_loss(
+        model, *behavior, post, batch["is_terminal"], args
     )
     (actor_loss + critic_loss).backward()
-    first = torch.cat([torch.ones_like(batch["is_first"][:1]), batch["is_first"][1:]])
     with torch.no_grad():
-        _, prior = model.rssm.observe(model.encoder(batch), batch["action"], first)
+        _, prior = model.rssm.observe(model.encoder(batch), batch["action"], batch["is_first"])
     ours |= {f"post/{k}": v for k, v in post.items()} | {f"prior/{k}": v for k, v in prior.items()}
     return SimpleNamespace(
         figures=figures, agent=agent, args=args, ours=ours, metrics=metrics | more
@@ -166,24 +172,33 @@ def test_losses_equal_the_authors(case):
                 distance(metrics[f"losses/{name}"], figures[f"loss/{name}_minus_constant"]) < 1e-5
             ), name
     for name in ("kl", "discount", "actor"):
-        if f"loss/{name}" in figures:
+        if f"loss/{name}" in figures and not (name == "kl" and "loss/kl_value" not in figures):
             assert distance(metrics[f"losses/{name}"], figures[f"loss/{name}"]) < 1e-5, name
-    weight = figures["imag/weight"][:-1].mean()
+    if "loss/discount_times_scale" in figures:
+        theirs = figures["loss/discount_times_scale"]
+        assert distance(10 * metrics["losses/discount"], theirs) < 1e-5
+    target = figures["imag/return" if "imag/return" in figures else "imag/target"]
+    weight = figures["imag/weight"][: len(target)].mean()
     assert distance(metrics["losses/critic"] + constant * weight, figures["loss/critic"]) < 1e-5
-    assert distance(metrics["model/kl"], figures["loss/kl_value"]) < 1e-5
-    assert distance(metrics["imag/actor_entropy"], figures["imag/actor_entropy_mean"]) < 1e-5
+    kl = figures.get("loss/kl_value", figures["loss/kl"])
+    assert distance(metrics["model/kl"], kl) < 1e-5
+    if "imag/actor_entropy_mean" in figures:
+        assert distance(metrics["imag/actor_entropy"], figures["imag/actor_entropy_mean"]) < 1e-5
 
 
 def test_latent_states_equal_the_authors(case):
-    for name in ("post/deter", "post/logit", "post/stoch", "prior/logit"):
+    names = [k for k in case.figures if k.startswith(("post/", "prior/"))]
+    assert {"post/deter"} < set(names)
+    for name in set(names) & set(case.ours):
         assert distance(case.ours[name].detach(), case.figures[name]) < 1e-5, name
 
 
 def test_imagined_rollouts_and_returns_equal_the_authors(case):
-    for name in ("imag/feat", "imag/action", "imag/slow_value", "imag/target"):
-        assert distance(case.ours[name].detach(), case.figures[name]) < 1e-5, name
-    for name in ("imag/reward", "imag/discount"):  # the last one is never used
-        assert distance(case.ours[name].detach(), case.figures[name][:-1]) < 1e-5, name
+    names = [k for k in case.figures if k.startswith("imag/") and k in case.ours]
+    assert {"imag/feat", "imag/action", "imag/reward", "imag/discount"} < set(names)
+    for name in names:
+        ours = case.ours[name].detach()  # the last reward and discount are never used
+        assert distance(ours, case.figures[name][: len(ours)]) < 1e-5, name
 
 
 def test_every_gradient_equals_the_authors(case):

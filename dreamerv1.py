@@ -1,0 +1,658 @@
+"""DreamerV1: Hafner et al., "Dream to Control", arXiv 1912.01603.
+
+A world model with Gaussian latents learns from pixels or vectors; actor and critic learn inside it,
+the actor by the gradient of imagined returns through the model's dynamics. Where the paper and the
+authors' code disagree we follow the code, which made the published curves.
+
+    python dreamerv1.py --env-id Pendulum-v1                # learns in minutes on a laptop
+    python dreamerv1.py --env-id dm_control/walker-walk-v0  # the paper's agent
+
+A row of experience holds an observation, the action that led to it, and what came with it:
+
+    row           0 (reset)  1          2 (done)   3 (reset)  4
+    action        0          a1         a2         0          a4
+    image         o0         o1         o2         o3         o4
+    reward        0          r1         r2         0          r4
+    is_first      1          0          0          1          0
+    is_terminal   0          0          1, or 0    0          0         0 if only time ran out
+
+Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon imagined states,
+A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector.
+A scalar per step is (T, B).
+"""
+
+import common  # isort: skip  first, because it checks the version of Python
+
+import functools
+import math
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import distributions as td
+from torch import nn
+
+td.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
+
+
+@dataclass
+class Args:
+    # --- run ---
+    env_id: str = "dm_control/walker-walk-v0"  # or any gymnasium id
+    exp_name: str = Path(__file__).stem  # name in the run folder
+    seed: int = 1  # of networks, replay and environments
+    total_frames: int = 200_000_000  # env frames, action repeat included
+    cuda: bool = True  # use a GPU if there is one
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
+    torch_deterministic: bool = False  # only kernels that give the same numbers each time
+    threads: int = 0  # CPU threads of torch, 0 is its own choice
+    resume: str = ""  # run folder to go on with
+    evaluate: str = ""  # run folder whose agent to play, without learning
+    # --- environment ---
+    num_envs: int = 1  # environments that act at once
+    async_envs: bool = False  # each of them in a process of its own
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
+    pixels: bool = False  # short for --observation pixels; rendered if need be
+    grayscale: bool = False  # images of one channel, not three
+    action_repeat: int = 4  # frames per agent step
+    time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
+    sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
+    full_action_space: bool = False  # Atari: all 18 actions
+    # --- replay ---
+    prefill: int = 5000  # env frames of random play before learning
+    replay_size: int = 2_500_000  # agent steps (the authors keep all)
+    batch_size: int = 50  # B, sequences
+    batch_length: int = 50  # T, agent steps
+    # --- world model ---
+    deter: int = 200  # D, size of the GRU state
+    hidden: int = 200  # units between the inputs and outputs of the RSSM
+    stoch: int = 30  # S, number of latent variables
+    cnn_depth: int = 32  # channels of the first convolution
+    units: int = 400  # of every dense layer
+    layers: int = 4  # dense layers of the actor, and of vectors in and out
+    reward_layers: int = 2  # of the reward head
+    discount_layers: int = 3  # of the discount head
+    critic_layers: int = 3  # of the critic
+    act: Literal["elu", "relu", "silu"] = "elu"  # activation of dense layers
+    cnn_act: Literal["elu", "relu", "silu"] = "relu"  # and of convolutions
+    norm: Literal["none", "layer"] = "none"  # before activations
+    reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
+    discount_head: bool = True  # learn where episodes end
+    discount_scale: float = 10.0  # weight of its loss
+    kl_scale: float = 0.1  # beta of Eq. 10
+    free_nats: float = 3.0  # KL that costs nothing, of the mean over the batch
+    # --- behavior ---
+    gamma: float = 0.99  # discount per agent step
+    discount_lambda: float = 0.95  # lambda of Eq. 6
+    imag_horizon: int = 10  # imagined steps
+    actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by actions
+    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # Eq. 7, or not through the model
+    actor_entropy: float = 0.0  # weight of the actor's entropy (not in the paper)
+    expl_noise: float = 0.3  # std of the noise on continuous actions
+    expl_epsilon: float = 0.4  # share of random actions among discrete ones, at first
+    expl_min: float = 0.1  # at last
+    expl_decay: int = 200_000  # updates in between
+    # --- optimizers ---
+    train_every: int = 1000  # env frames from one training to the next
+    train_steps: int = 100  # updates each time
+    pretrain: int = 100  # updates before the schedule begins
+    model_lr: float = 6e-4  # learning rate of the world model
+    actor_lr: float = 8e-5  # of the actor
+    critic_lr: float = 8e-5  # of the critic
+    adam_eps: float = 1e-7  # epsilon of Adam
+    clip: float = 100.0  # global norm of each optimizer's gradient
+    # --- logging ---
+    log_every: int = 10_000  # frames between rows of losses
+    eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
+    eval_episodes: int = 1  # episodes of an evaluation
+    video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
+    checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
+    capture_video: bool = False  # film how each evaluation begins
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "dreamer"  # its project
+    wandb_entity: str | None = None  # its team
+
+
+DMC = {
+    "total_frames": 1_000_000, "action_repeat": 2, "time_limit": 1000, "reward_transform": "none",
+    "discount_head": False, "kl_scale": 1.0, "imag_horizon": 15,
+    "log_every": 1000, "eval_every": 10_000, "video_every": 50_000, "checkpoint_every": 50_000,
+}  # fmt: skip
+SMALL = {
+    "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "threads": 1, "prefill": 1000,
+    "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "stoch": 16, "cnn_depth": 16,
+    "units": 128, "layers": 2, "discount_layers": 2, "critic_layers": 2, "act": "silu",
+    "cnn_act": "silu", "norm": "layer", "reward_transform": "none", "free_nats": 0.0,
+    "expl_decay": 3000, "train_every": 5, "train_steps": 1, "model_lr": 1e-3, "actor_lr": 3e-4,
+    "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000, "eval_episodes": 20,
+    "video_every": 5000, "checkpoint_every": 10_000,
+}  # fmt: skip
+PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of (N, C, H, W), each pixel its own."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def block(layer, args):
+    """A linear or convolutional layer, its norm and its activation."""
+    act = args.act if isinstance(layer, nn.Linear) else args.cnn_act
+    modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[act]()]
+    if args.norm == "layer":
+        kind = nn.LayerNorm if isinstance(layer, nn.Linear) else ChannelNorm
+        modules.insert(1, kind(len(layer.bias), eps=1e-3))
+    return nn.Sequential(*modules)
+
+
+def mlp(inputs, layers, args):
+    sizes = [inputs] + [args.units] * layers
+    return nn.Sequential(*(block(nn.Linear(i, o), args) for i, o in pairwise(sizes)))
+
+
+def pixels(image):
+    """uint8 -> float in [-0.5, 0.5], in training and in acting."""
+    return image.float() / 255 - 0.5
+
+
+class Encoder(nn.Module):
+    """Image and vector to one embedding: (..., C, 64, 64), (..., V) -> (..., E)."""
+
+    def __init__(self, shapes, args):
+        super().__init__()
+        self.image, self.vector = shapes.get("image"), shapes.get("vector")
+        self.size, d = 0, args.cnn_depth
+        if self.image:
+            sizes = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # 64 -> 31 -> 14 -> 6 -> 2
+            self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
+            self.size += 32 * d
+        if self.vector:
+            self.mlp = mlp(self.vector[0], args.layers, args)
+            self.size += args.units
+
+    def forward(self, obs):
+        embed = []
+        if self.image:
+            x = self.conv(pixels(obs["image"]).flatten(0, -4))  # (T * B, 8d, 2, 2)
+            embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:-3]))
+        if self.vector:
+            embed.append(self.mlp(obs["vector"]))
+        return torch.cat(embed, -1)
+
+
+class Decoder(nn.Module):
+    """Means of unit Gaussians: (..., F) -> dict of image (..., C, 64, 64), vector (..., V)."""
+
+    def __init__(self, feat_size, shapes, args):
+        super().__init__()
+        self.image, self.vector, d = shapes.get("image"), shapes.get("vector"), args.cnn_depth
+        if self.image:
+            self.linear = nn.Linear(feat_size, 32 * d)
+            self.conv = nn.Sequential(  # 1 -> 5 -> 13 -> 30 -> 64
+                block(nn.ConvTranspose2d(32 * d, 4 * d, 5, 2), args),
+                block(nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), args),
+                block(nn.ConvTranspose2d(2 * d, d, 6, 2), args),
+                nn.ConvTranspose2d(d, self.image[0], 6, 2),
+            )
+        if self.vector:
+            layers = mlp(feat_size, args.layers, args)
+            self.mlp = nn.Sequential(layers, nn.Linear(args.units, self.vector[0]))
+
+    def forward(self, feat):
+        recon = {}
+        if self.image:
+            x = self.linear(feat).flatten(0, -2)[:, :, None, None]  # (T * B, 32d, 1, 1)
+            recon["image"] = self.conv(x).float().unflatten(0, feat.shape[:-1])
+        if self.vector:
+            recon["vector"] = self.mlp(feat).float()
+        return recon
+
+
+class Head(nn.Module):
+    """A scalar from the features: (..., F) -> (...)."""
+
+    def __init__(self, feat_size, layers, args):
+        super().__init__()
+        self.mlp, self.out = mlp(feat_size, layers, args), nn.Linear(args.units, 1)
+
+    def forward(self, feat):
+        return self.out(self.mlp(feat)).squeeze(-1).float()
+
+    def loss(self, feat, target):
+        """-log N(target; head, 1) without its constant: (...)."""
+        return 0.5 * (self(feat) - target).square()
+
+
+# Distributions are in float32 under any precision.
+class OneHot(td.OneHotCategorical):
+    """One-hot categoricals (..., K); samples carry the straight-through gradient."""
+
+    def __init__(self, logit):
+        super().__init__(logits=logit.float())
+
+    def rsample(self):
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        index = (self.logits + gumbel).argmax(-1, keepdim=True)
+        sample = torch.zeros_like(self.logits).scatter_(-1, index, 1.0)
+        return sample + (self.probs - self.probs.detach())
+
+
+class TanhNormal(td.TransformedDistribution):
+    """tanh of Gaussians, (..., A); its entropy and mode are found from 100 samples."""
+
+    def __init__(self, mean, std):
+        # The cache keeps the samples of entropy and mode as they were before tanh.
+        tanh = td.TanhTransform(cache_size=1)
+        super().__init__(td.Independent(td.Normal(mean, std), 1), tanh)
+
+    def log_prob(self, x):  # of an action that may have been rounded to the bounds
+        return super().log_prob(x.clamp(-1 + 1e-6, 1 - 1e-6))
+
+    def entropy(self):
+        return -super().log_prob(self.rsample((100,))).mean(0)
+
+    @property
+    def mode(self):
+        """The most likely of 100 samples, each batch element its own."""
+        x = self.rsample((100,))  # (100, ..., A)
+        best = super().log_prob(x).argmax(0)[None, ..., None].expand_as(x[:1])
+        return x.gather(0, best)[0]
+
+
+class Actor(nn.Module):
+    """Policy over actions in [-1, 1] or one-hot: (..., F) -> distribution over (..., A)."""
+
+    def __init__(self, feat_size, action_dim, args):
+        super().__init__()
+        self.dist = args.actor_dist
+        self.mlp, self.out = mlp(feat_size, args.layers, args), nn.Linear(args.units, action_dim)
+        if self.dist != "onehot":
+            self.std = nn.Linear(args.units, action_dim)
+
+    def forward(self, feat):
+        x = self.mlp(feat)
+        if self.dist == "onehot":
+            return OneHot(self.out(x))
+        mean, std = self.out(x).float(), self.std(x).float()
+        assert self.dist == "tanh_normal", self.dist
+        # Raw outputs of 0 give a std of 5, the widest policy after tanh.
+        std = F.softplus(std + math.log(math.expm1(5))) + 1e-4
+        return TanhNormal(5 * torch.tanh(mean / 5), std)  # Eq. 3
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model (Eq. 9): a deterministic GRU path and S Gaussian variables.
+
+    State: deter (..., D), stoch, mean, std (..., S).
+    """
+
+    def __init__(self, embed_size, action_dim, args):
+        super().__init__()
+        self.deter, self.stoch = args.deter, args.stoch
+        self.feat_size, stats = args.stoch + args.deter, 2 * args.stoch
+        self.img_in = block(nn.Linear(args.stoch + action_dim, args.hidden), args)
+        self.gru = nn.GRUCell(args.hidden, args.deter)
+        self.img_out, self.obs_out = (
+            nn.Sequential(block(nn.Linear(i, args.hidden), args), nn.Linear(args.hidden, stats))
+            for i in (args.deter, args.deter + embed_size)
+        )
+
+    def initial(self, batch):
+        """The zero state that every sequence starts from: deter (B, D), stoch (B, S)."""
+        zeros = self.img_out[1].bias.new_zeros
+        return {"deter": zeros(batch, self.deter), "stoch": zeros(batch, self.stoch)}
+
+    def feat(self, state):
+        return torch.cat([state["stoch"], state["deter"]], -1)  # (..., F)
+
+    def stats(self, x):
+        """A linear layer's output as the statistics of stoch."""
+        mean, std = x.float().chunk(2, -1)
+        return {"mean": mean, "std": F.softplus(std) + 0.1}
+
+    def dist(self, stats):
+        return td.Normal(stats["mean"], stats["std"])
+
+    def state(self, deter, x):
+        """Samples stoch from the linear layer's output x."""
+        stats = self.stats(x)
+        return {"deter": deter, "stoch": self.dist(stats).rsample(), **stats}
+
+    def gru_step(self, prev, action):
+        """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
+        x = self.img_in(torch.cat([prev["stoch"], action], -1))
+        return self.gru(x, prev["deter"]).float()
+
+    def img_step(self, prev, action):
+        """Prior state p(z_t | h_t), eyes closed."""
+        deter = self.gru_step(prev, action)
+        return self.state(deter, self.img_out(deter))
+
+    def obs_step(self, prev, action, embed, is_first):
+        """Posterior state q(z_t | h_t, x_t), eyes open."""
+        keep = (1 - is_first)[:, None]  # (B, 1), a new episode forgets the last state and action
+        prev = {k: prev[k] * keep for k in ("deter", "stoch")}
+        deter = self.gru_step(prev, action * keep)
+        return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
+
+    def observe(self, embed, action, is_first):
+        """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...)."""
+        state, states = self.initial(embed.shape[1]), []
+        for t in range(len(embed)):  # nothing but the recurrence is in the loop
+            state = self.obs_step(state, action[t], embed[t], is_first[t])
+            states.append(state)
+        post = common.stack(states)
+        return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
+
+    def imagine(self, actor, start, horizon):
+        """Follows the actor through the prior; action[i] is the one that led to state i.
+
+        start: dict of (N, ...), not among the states
+        -> states: dict of (I, N, ...), action: (I, N, A)
+        """
+        states, actions = [start], []
+        for _ in range(horizon):
+            actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
+            states.append(self.img_step(states[-1], actions[-1]))
+        return common.stack(states[1:]), torch.stack(actions)
+
+    def kl(self, post, prior):
+        """KL(post || prior), summed over the S variables: (T, B)."""
+        return td.kl_divergence(self.dist(post), self.dist(prior)).sum(-1)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, and the heads that predict observation, reward and discount."""
+
+    def __init__(self, shapes, args):
+        super().__init__()
+        self.args = args
+        self.encoder = Encoder(shapes, args)
+        self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
+        self.decoder = Decoder(self.rssm.feat_size, shapes, args)
+        size, layers = self.rssm.feat_size, (args.reward_layers, args.discount_layers)
+        self.reward = Head(size, layers[0], args)
+        self.discount = Head(size, layers[1], args) if args.discount_head else None
+
+    def loss(self, batch):
+        """Eq. 10: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
+        args = self.args
+        post, prior = self.rssm.observe(self.encoder(batch), batch["action"], batch["is_first"])
+        feat = self.rssm.feat(post)  # (T, B, F)
+        losses = {}
+        for key, recon in self.decoder(feat).items():  # summed over pixels, means over T and B
+            target = pixels(batch[key]) if key == "image" else batch[key]
+            losses[key] = 0.5 * F.mse_loss(recon, target, reduction="sum") / feat[..., 0].numel()
+        reward = torch.tanh(batch["reward"]) if args.reward_transform == "tanh" else batch["reward"]
+        losses["reward"] = self.reward.loss(feat, reward).mean()
+        if self.discount:
+            # The soft target holds gamma: the predicted discount is not multiplied by it again.
+            target = args.gamma * (1 - batch["is_terminal"])
+            losses["discount"] = F.binary_cross_entropy_with_logits(self.discount(feat), target)
+        kl = self.rssm.kl(post, prior)  # (T, B)
+        losses["kl"] = kl.mean().clamp(min=args.free_nats)
+        scale = {"discount": args.discount_scale, "kl": args.kl_scale}
+        loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
+        metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
+        metrics["model/kl"] = kl.mean()
+        for name, state in (("post", post), ("prior", prior)):
+            entropy = self.rssm.dist(common.detach(state)).entropy()
+            metrics[f"model/{name}_entropy"] = entropy.sum(-1).mean()
+        return loss, post, common.detach(metrics)
+
+    @torch.no_grad()
+    def open_loop(self, batch, context=5):
+        """Sees `context` steps, then dreams with the recorded actions, over resets as well.
+
+        -> truth, model and error above one another: (T, B, C, 3H, W)
+        """
+        first = {k: v[:context] for k, v in batch.items()}
+        state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
+        states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
+        for action in batch["action"][context:]:
+            states.append(self.rssm.img_step(states[-1], action))
+        model = self.decoder(self.rssm.feat(common.stack(states)))["image"] + 0.5
+        truth = pixels(batch["image"]) + 0.5
+        return torch.cat([truth, model, (model - truth + 1) / 2], -2)
+
+
+def lambda_return(reward, value, disc, bootstrap, lambda_):
+    """Eq. 6, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N)."""
+    target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
+    ret, returns = bootstrap, []
+    for t in reversed(range(len(reward))):
+        ret = target[t] + disc[t] * lambda_ * ret
+        returns.append(ret)
+    return torch.stack(returns[::-1])
+
+
+def behavior_loss(world_model, actor, critic, post, is_terminal, args):
+    """Actor and critic losses on imagined rollouts (Eqs. 6-8); is_terminal is (T, B)."""
+    if world_model.discount:  # as the authors have it, no dream starts where a window ends
+        post, is_terminal = {k: v[:-1] for k, v in post.items()}, is_terminal[:-1]
+    start = {k: v.flatten(0, 1) for k, v in common.detach(post).items()}  # (N, ...)
+    with common.frozen(world_model, critic), torch.set_grad_enabled(args.actor_grad != "reinforce"):
+        states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
+        feat = world_model.rssm.feat(states)  # (I, N, F)
+        reward, value = world_model.reward(feat), critic(feat)  # (I, N)
+        disc, first = torch.full_like(reward, args.gamma), torch.ones_like(reward[:1])
+        if world_model.discount:
+            # Replay knows whether the start state was terminal, and nothing follows such a state.
+            disc = torch.sigmoid(world_model.discount(feat))  # gamma included
+            first = 1 - is_terminal.reshape(1, -1)
+        ret = lambda_return(reward[:-1], value[:-1], disc[:-1], value[-1], args.discount_lambda)
+        weight = torch.cumprod(torch.cat([first, disc[:-2]]), 0).detach()  # (I-1, N)
+
+    # state   s    z0   z1   z2   z3    With I = 4. The policy at the start s chose action[0], so
+    # action       a0   a1   a2   a3    ret[0] judges it. z2 chose a3, whose return is unknown:
+    # ret          g0   g1   g2         the last two states train no policy, the last no critic.
+    before = torch.cat([world_model.rssm.feat(start)[None], feat[:-2]]).detach()  # (I-1, N, F)
+    # Without reinforce and entropy in the loss the policy is needed for the log alone.
+    policy = actor(before if args.actor_entropy or args.actor_grad == "reinforce" else before[:1])
+    entropy, objective = policy.entropy(), ret  # (I-1 or 1, N)
+    if args.actor_grad == "reinforce":
+        advantage = (ret - critic(before)).detach()
+        objective = policy.log_prob(action[:-1].detach()) * advantage
+    objective = objective + args.actor_entropy * entropy
+    prediction = critic(feat[:-1].detach())  # (I-1, N)
+    actor_loss = -(weight * objective).mean()  # Eq. 7
+    critic_loss = (weight * 0.5 * (prediction - ret.detach()).square()).mean()  # Eq. 8
+    metrics = {"actor_entropy": entropy, "reward": reward, "discount": disc, "return": ret}
+    metrics |= {"value": prediction}
+    metrics = {f"imag/{k}": v.mean() for k, v in metrics.items()}
+    metrics |= {"losses/actor": actor_loss, "losses/critic": critic_loss}
+    return actor_loss, critic_loss, common.detach(metrics)
+
+
+def make_agent(shapes, args):
+    """Fresh networks; shapes: action (A,), image (C, 64, 64) and/or vector (V,)."""
+    model = WorldModel(shapes, args)
+    size, action_dim = model.rssm.feat_size, shapes["action"][0]
+    agent = nn.ModuleDict({"world_model": model, "actor": Actor(size, action_dim, args)})
+    agent["critic"] = Head(size, args.critic_layers, args)
+    for module in agent.modules():  # as Keras has it, unasked
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, weight in model.rssm.gru.named_parameters():
+        init = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}
+        init.get(name, nn.init.zeros_)(weight)
+    return agent
+
+
+def make_optimizers(agent, args):
+    """One Adam each."""
+    adam = functools.partial(torch.optim.Adam, eps=args.adam_eps, fused=True)
+    rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
+    return {k: adam(agent[k].parameters(), lr) for k, lr in rates.items()}
+
+
+def update(agent, optimizers, batch, args):
+    """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
+    device, bfloat16 = batch["reward"].device.type, args.precision == "bfloat16"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16)
+    with autocast:
+        model_loss, post, metrics = agent["world_model"].loss(batch)
+        losses = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
+    actor_loss, critic_loss, imagined = losses
+    # The actor goes first: its gradient passes through the weights of the other two.
+    metrics["grad_norm/actor"] = common.opt_step(optimizers["actor"], actor_loss, args.clip)
+    metrics["grad_norm/critic"] = common.opt_step(optimizers["critic"], critic_loss, args.clip)
+    metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
+    return metrics | imagined
+
+
+@torch.no_grad()
+def policy(agent, row, state, sample=True):
+    """Acts on a row, a dict of (N, ...), after a state or None -> action (N, A), state."""
+    rssm, device = agent["world_model"].rssm, next(agent.parameters()).device
+    row = {k: torch.as_tensor(v, device=device) for k, v in row.items()}
+    state, embed = state or rssm.initial(len(row["reward"])), agent["world_model"].encoder(row)
+    state = rssm.obs_step(state, row["action"], embed, row["is_first"])
+    dist = agent["actor"](rssm.feat(state))
+    action = dist.rsample() if sample else dist.mode  # the latent state is always sampled
+    return action.cpu().numpy(), state
+
+
+def explore(action, updates, args, rng):
+    """Noise on continuous actions (N, A), random ones in place of some discrete."""
+    if args.actor_dist != "onehot":
+        noise = rng.normal(0, args.expl_noise, action.shape)
+        return (action + noise).clip(-1, 1).astype(np.float32)
+    decay = min(updates / args.expl_decay, 1)
+    epsilon = (1 - decay) * args.expl_epsilon + decay * args.expl_min
+    random = np.eye(action.shape[1], dtype=np.float32)[
+        rng.integers(action.shape[1], size=len(action))
+    ]
+    return np.where(rng.random((len(action), 1)) < epsilon, random, action)
+
+
+def main(args):
+    common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
+        batch_length deter hidden stoch cnn_depth units layers reward_layers discount_layers
+        critic_layers imag_horizon expl_decay train_every train_steps model_lr actor_lr critic_lr
+        adam_eps clip eval_episodes""")  # fmt: skip
+    if args.imag_horizon < 2:
+        raise common.UserError("--imag-horizon is 1, but the first state is judged by state 2")
+    config = asdict(args)
+    device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
+    if args.precision == "auto":
+        args.precision = "bfloat16" if device.type == "cuda" else "float32"
+    args.observation = "pixels" if args.pixels else args.observation
+    run = Path(args.resume or args.evaluate)
+    saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
+    options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
+    options = {k: getattr(args, k) for k in options.split()}
+    options["time_limit"] = -(-args.time_limit // args.action_repeat)
+    eval_envs = common.make_envs(  # with seeds of their own
+        min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
+    )
+    shapes, discrete = common.row_shapes(eval_envs), common.is_discrete(eval_envs)
+    if args.actor_dist == "auto":
+        args.actor_dist = "onehot" if discrete else "tanh_normal"
+    if discrete != (args.actor_dist == "onehot"):
+        kind = "discrete" if discrete else "continuous"
+        raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
+    agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
+    parts = {"agent": agent, **make_optimizers(agent, args)}
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
+    play = functools.partial(policy, agent, sample=False)
+    if args.evaluate:
+        returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
+        return common.save_gif(run / "videos" / "evaluate.gif", film) if film else None
+
+    steps = args.total_frames // args.action_repeat
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
+    if args.batch_length > min(rows, args.prefill // args.action_repeat // args.num_envs):
+        raise common.UserError(
+            f"--batch-length {args.batch_length} exceeds --prefill or --replay-size"
+        )
+    if not saved:
+        common.check_disk(shapes, rows * args.num_envs)
+    step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
+    envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
+    run = run if saved else common.new_run(config)
+    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
+    if saved:
+        replay.load_state_dict(saved["replay"])
+        common.set_rng(saved["rng"])
+    sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
+    preset = common.preset_name(args.env_id, args.observation)
+    print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
+    print(f"parameters: {sizes}; {replay}")
+    logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
+    interrupt, guard, last = common.Interrupt(), common.FiniteGuard(), step >= steps
+
+    row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
+    replay.add(row)
+    while not last:
+        before = step * args.action_repeat
+        if before < args.prefill:
+            action = common.random_actions(envs, replay.rng)
+        else:
+            action, state = policy(agent, row, state)
+            action = explore(action, updates, args, replay.rng)
+        step += int((~done).sum())  # the reset after a done row costs no frame
+        row, done, info = common.step_rows(envs, action, done)
+        replay.add(row)
+        frames = step * args.action_repeat
+        for i in np.flatnonzero(done):
+            ended = {f"charts/episodic_{k}": info["episode"][k[0]][i] for k in ("return", "length")}
+            logger.log(ended, frames, updates)
+
+        due = args.pretrain + args.train_steps * ((frames - args.prefill) // args.train_every)
+        ready = frames >= args.prefill and replay.end - replay.start >= args.batch_length
+        while ready and updates < due and not interrupt.code:
+            began = time.time()
+            batch = replay.sample(args.batch_size, args.batch_length)
+            batch = {k: v.to(device) for k, v in batch.items()}
+            metrics = update(agent, parts, batch, args)
+            guard.watch(updates, metrics)
+            updates += 1
+            if updates == 3 and device.type == "cpu" and "image" in shapes:
+                rate = args.train_steps / args.train_every
+                hours = (time.time() - began) * (args.total_frames - frames) * rate / 3600
+                other = f"python {Path(__file__).name} --env-id CartPole-v1"
+                logger.bar.write(f"{hours:,.1f} hours to go on this CPU; {other} takes minutes")
+
+        logger.bar.update(frames - before)
+        last = step >= steps or interrupt.code
+        if metrics and (last or common.crossed(before, frames, args.log_every)):
+            guard.check()
+            metrics |= {"replay/rows": replay.end - replay.start} | logger.speed(frames, updates)
+            logger.log(metrics, frames, updates)
+        if metrics and "image" in shapes and common.crossed(before, frames, args.video_every):
+            video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
+            logger.gif("open_loop", common.tile(video), frames)
+        if step >= steps or (updates and common.crossed(before, frames, args.eval_every)):
+            returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
+            logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
+            if film:
+                logger.gif("eval/episode", film, frames)
+        if last or common.crossed(before, frames, args.checkpoint_every):
+            guard.check()
+            saved = {k: part.state_dict() for k, part in parts.items()}
+            saved |= {"replay": replay.state_dict(), "rng": common.get_rng()}
+            episodes = [key[2] for key in envs.get_attr("key")]  # begun in each environment
+            saved["counters"] = (step, updates, logger.seconds(), episodes)
+            common.save_checkpoint(run, saved)
+
+    for closing in (logger.bar, logger.file, logger.writer, envs, eval_envs):
+        closing.close()
+    if interrupt.code:
+        print(f"stopped at frame {step * args.action_repeat:,}; python {__file__} --resume {run}")
+    raise SystemExit(interrupt.code)
+
+
+if __name__ == "__main__":
+    with common.exit_on_error():
+        main(common.parse_args(Args, PRESETS))
