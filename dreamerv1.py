@@ -1,8 +1,8 @@
 """DreamerV1: Hafner et al., "Dream to Control", arXiv 1912.01603.
 
-A world model with Gaussian latents learns from pixels or vectors; actor and critic learn inside it,
-the actor by the gradient of imagined returns through the model's dynamics. Where the paper and the
-authors' code disagree we follow the code, which made the published curves.
+A world model with Gaussian latents learns from pixels or vectors. Actor and critic learn inside it,
+the actor by the gradient of imagined returns through the learned dynamics. Where the paper
+and the authors' code disagree we follow the code, which made the published curves.
 
     python dreamerv1.py --env-id Pendulum-v1                # learns in minutes on a laptop
     python dreamerv1.py --env-id dm_control/walker-walk-v0  # the paper's agent
@@ -62,7 +62,7 @@ class Args:
     action_repeat: int = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
-    full_action_space: bool = False  # Atari: all 18 actions
+    full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 5000  # env frames of random play before learning
     replay_size: int = 2_500_000  # agent steps (the authors keep all)
@@ -78,17 +78,17 @@ class Args:
     reward_layers: int = 2  # of the reward head
     discount_layers: int = 3  # of the discount head
     critic_layers: int = 3  # of the critic
-    act: Literal["elu", "relu", "silu"] = "elu"  # activation of dense layers
-    cnn_act: Literal["elu", "relu", "silu"] = "relu"  # and of convolutions
-    norm: Literal["none", "layer"] = "none"  # before activations
+    act: Literal["elu", "relu", "silu"] = "elu"  # activation
+    cnn_act: Literal["elu", "relu", "silu"] = "relu"  # that of convolutions
+    norm: Literal["none", "layer"] = "none"  # before activations, not in the GRU
     reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
     discount_head: bool = True  # learn where episodes end
     discount_scale: float = 10.0  # weight of its loss
-    kl_scale: float = 0.1  # beta of Eq. 10
+    kl_scale: float = 0.1  # beta, the weight of the KL
     free_nats: float = 3.0  # KL that costs nothing, of the mean over the batch
     # --- behavior ---
     gamma: float = 0.99  # discount per agent step
-    discount_lambda: float = 0.95  # lambda of Eq. 6
+    discount_lambda: float = 0.95  # lambda of the returns
     imag_horizon: int = 10  # imagined steps
     actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # Eq. 7, or not through the model
@@ -125,12 +125,12 @@ DMC = {
 }  # fmt: skip
 SMALL = {
     "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "threads": 1, "prefill": 1000,
-    "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "stoch": 16, "cnn_depth": 16,
-    "units": 128, "layers": 2, "discount_layers": 2, "critic_layers": 2, "act": "silu",
-    "cnn_act": "silu", "norm": "layer", "reward_transform": "none", "free_nats": 0.0,
-    "expl_decay": 3000, "train_every": 5, "train_steps": 1, "model_lr": 1e-3, "actor_lr": 3e-4,
-    "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000, "eval_episodes": 20,
-    "video_every": 5000, "checkpoint_every": 10_000,
+    "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "cnn_depth": 16, "units": 128,
+    "layers": 2, "act": "silu", "norm": "layer", "reward_transform": "none", "train_every": 5,
+    "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000,
+    "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
+    "stoch": 16, "discount_layers": 2, "critic_layers": 2, "cnn_act": "silu", "free_nats": 0.0,
+    "expl_decay": 3000, "train_steps": 1,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
@@ -282,9 +282,8 @@ class Actor(nn.Module):
             return OneHot(self.out(x))
         mean, std = self.out(x).float(), self.std(x).float()
         assert self.dist == "tanh_normal", self.dist
-        # Raw outputs of 0 give a std of 5, the widest policy after tanh.
-        std = F.softplus(std + math.log(math.expm1(5))) + 1e-4
-        return TanhNormal(5 * torch.tanh(mean / 5), std)  # Eq. 3
+        raw = math.log(math.expm1(5))  # outputs of 0 give a std of 5, wide before tanh
+        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + raw) + 1e-4)  # Eq. 3
 
 
 class RSSM(nn.Module):
@@ -295,9 +294,9 @@ class RSSM(nn.Module):
 
     def __init__(self, embed_size, action_dim, args):
         super().__init__()
-        self.deter, self.stoch = args.deter, args.stoch
-        self.feat_size, stats = args.stoch + args.deter, 2 * args.stoch
-        self.img_in = block(nn.Linear(args.stoch + action_dim, args.hidden), args)
+        self.deter, self.stoch_size = args.deter, args.stoch
+        self.feat_size, stats = self.stoch_size + args.deter, args.stoch * 2
+        self.img_in = block(nn.Linear(self.stoch_size + action_dim, args.hidden), args)
         self.gru = nn.GRUCell(args.hidden, args.deter)
         self.img_out, self.obs_out = (
             nn.Sequential(block(nn.Linear(i, args.hidden), args), nn.Linear(args.hidden, stats))
@@ -305,9 +304,9 @@ class RSSM(nn.Module):
         )
 
     def initial(self, batch):
-        """The zero state that every sequence starts from: deter (B, D), stoch (B, S)."""
+        """The zero state that each of B sequences starts from, without statistics."""
         zeros = self.img_out[1].bias.new_zeros
-        return {"deter": zeros(batch, self.deter), "stoch": zeros(batch, self.stoch)}
+        return {"deter": zeros(batch, self.deter), "stoch": zeros(batch, self.stoch_size)}
 
     def feat(self, state):
         return torch.cat([state["stoch"], state["deter"]], -1)  # (..., F)
@@ -323,7 +322,8 @@ class RSSM(nn.Module):
     def state(self, deter, x):
         """Samples stoch from the linear layer's output x."""
         stats = self.stats(x)
-        return {"deter": deter, "stoch": self.dist(stats).rsample(), **stats}
+        stoch = self.dist(stats).rsample()
+        return {"deter": deter, "stoch": stoch, **stats}
 
     def gru_step(self, prev, action):
         """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
@@ -354,8 +354,8 @@ class RSSM(nn.Module):
     def imagine(self, actor, start, horizon):
         """Follows the actor through the prior; action[i] is the one that led to state i.
 
-        start: dict of (N, ...), not among the states
-        -> states: dict of (I, N, ...), action: (I, N, A)
+        start: dict of (N, ...)
+        -> states: dict of (I, N, ...) without the start, action: (I, N, A)
         """
         states, actions = [start], []
         for _ in range(horizon):
@@ -365,7 +365,8 @@ class RSSM(nn.Module):
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
-        return td.kl_divergence(self.dist(post), self.dist(prior)).sum(-1)
+        p, q = self.dist(post), self.dist(prior)
+        return td.kl_divergence(p, q).sum(-1)
 
 
 class WorldModel(nn.Module):
@@ -377,9 +378,9 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(shapes, args)
         self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
-        size, layers = self.rssm.feat_size, (args.reward_layers, args.discount_layers)
-        self.reward = Head(size, layers[0], args)
-        self.discount = Head(size, layers[1], args) if args.discount_head else None
+        size = self.rssm.feat_size
+        self.reward = Head(size, args.reward_layers, args)
+        self.discount = Head(size, args.discount_layers, args) if args.discount_head else None
 
     def loss(self, batch):
         """Eq. 10: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
@@ -442,9 +443,10 @@ def behavior_loss(world_model, actor, critic, post, is_terminal, args):
         states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
         feat = world_model.rssm.feat(states)  # (I, N, F)
         reward, value = world_model.reward(feat), critic(feat)  # (I, N)
-        disc, first = torch.full_like(reward, args.gamma), torch.ones_like(reward[:1])
+        disc = torch.full_like(reward, args.gamma)
+        first = torch.ones_like(reward[:1])
         if world_model.discount:
-            # Replay knows whether the start state was terminal, and nothing follows such a state.
+            # Replay knows whether the start state was terminal, so that is not predicted.
             disc = torch.sigmoid(world_model.discount(feat))  # gamma included
             first = 1 - is_terminal.reshape(1, -1)
         ret = lambda_return(reward[:-1], value[:-1], disc[:-1], value[-1], args.discount_lambda)
@@ -488,7 +490,7 @@ def make_agent(shapes, args):
 
 
 def make_optimizers(agent, args):
-    """One Adam each."""
+    """One Adam each, of its own learning rate."""
     adam = functools.partial(torch.optim.Adam, eps=args.adam_eps, fused=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
     return {k: adam(agent[k].parameters(), lr) for k, lr in rates.items()}
@@ -524,23 +526,19 @@ def policy(agent, row, state, sample=True):
 def explore(action, updates, args, rng):
     """Noise on continuous actions (N, A), random ones in place of some discrete."""
     if args.actor_dist != "onehot":
-        noise = rng.normal(0, args.expl_noise, action.shape)
-        return (action + noise).clip(-1, 1).astype(np.float32)
-    decay = min(updates / args.expl_decay, 1)
-    epsilon = (1 - decay) * args.expl_epsilon + decay * args.expl_min
-    random = np.eye(action.shape[1], dtype=np.float32)[
-        rng.integers(action.shape[1], size=len(action))
-    ]
+        return rng.normal(action, args.expl_noise).clip(-1, 1).astype(np.float32)
+    epsilon = np.interp(updates, (0, args.expl_decay), (args.expl_epsilon, args.expl_min))
+    random = rng.multinomial(1, np.full(action.shape, 1 / action.shape[1])).astype(np.float32)
     return np.where(rng.random((len(action), 1)) < epsilon, random, action)
 
 
 def main(args):
     common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
-        batch_length deter hidden stoch cnn_depth units layers reward_layers discount_layers
-        critic_layers imag_horizon expl_decay train_every train_steps model_lr actor_lr critic_lr
-        adam_eps clip eval_episodes""")  # fmt: skip
+        batch_length deter hidden stoch cnn_depth units layers imag_horizon train_every
+        model_lr actor_lr critic_lr adam_eps clip eval_episodes
+        train_steps expl_decay reward_layers discount_layers critic_layers""")  # fmt: skip
     if args.imag_horizon < 2:
-        raise common.UserError("--imag-horizon is 1, but the first state is judged by state 2")
+        raise common.UserError("--imag-horizon is 1, it must be 2 or more")
     config = asdict(args)
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":

@@ -62,7 +62,7 @@ class Args:
     action_repeat: int = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
-    full_action_space: bool = False  # Atari: all 18 actions, as in the paper
+    full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning
     replay_size: int = 2_000_000  # agent steps
@@ -78,18 +78,18 @@ class Args:
     units: int = 400  # of every dense layer
     layers: int = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
-    norm: Literal["none", "layer"] = "none"  # before activations; the GRU always has its own
+    norm: Literal["none", "layer"] = "none"  # before activations, not in the GRU
     reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
     reward_head: Literal["normal", "twohot"] = "normal"  # squared error, or 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: float = 5.0  # weight of its loss
-    kl_scale: float = 0.1  # beta of Eq. 2
+    kl_scale: float = 0.1  # beta, the weight of the KL
     kl_balance: float = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
     free_nats: float = 0.0  # KL that costs nothing
     free_avg: bool = True  # so for the mean over the batch, not for each step
     # --- behavior ---
     gamma: float = 0.999  # discount per agent step (paper .995)
-    discount_lambda: float = 0.95  # lambda of Eq. 4
+    discount_lambda: float = 0.95  # lambda of the returns
     imag_horizon: int = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
@@ -118,20 +118,20 @@ class Args:
 
 
 DMC = {
-    "total_frames": 1_000_000, "action_repeat": 2, "time_limit": 1000, "grayscale": False,
-    "prefill": 1000, "favor_ends": False, "deter": 200, "hidden": 200, "reward_transform": "none",
+    "total_frames": 1_000_000, "action_repeat": 2, "time_limit": 1000, "reward_transform": "none",
+    "grayscale": False, "prefill": 1000, "favor_ends": False, "deter": 200, "hidden": 200,
     "discount_head": False, "kl_scale": 1.0, "free_nats": 1.0, "gamma": 0.99, "actor_entropy": 1e-4,
     "train_every": 5, "pretrain": 100, "model_lr": 3e-4, "actor_lr": 8e-5, "critic_lr": 8e-5,
     "log_every": 1000, "eval_every": 10_000, "video_every": 50_000, "checkpoint_every": 50_000,
 }  # fmt: skip
 SMALL = {
-    "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "grayscale": False, "threads": 1,
-    "prefill": 1000, "favor_ends": False, "batch_size": 8, "batch_length": 32, "deter": 128,
-    "hidden": 128, "stoch": 8, "classes": 8, "cnn_depth": 16, "units": 128, "layers": 2,
-    "act": "silu", "norm": "layer", "reward_transform": "none", "gamma": 0.99, "imag_horizon": 10,
-    "slow_update": 25, "train_every": 5, "pretrain": 100, "model_lr": 1e-3, "actor_lr": 3e-4,
-    "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000, "eval_episodes": 20,
-    "video_every": 5000, "checkpoint_every": 10_000,
+    "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "threads": 1, "prefill": 1000,
+    "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "cnn_depth": 16, "units": 128,
+    "layers": 2, "act": "silu", "norm": "layer", "reward_transform": "none", "train_every": 5,
+    "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000,
+    "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
+    "grayscale": False, "favor_ends": False, "stoch": 8, "classes": 8, "gamma": 0.99,
+    "imag_horizon": 10, "slow_update": 25, "pretrain": 100,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
@@ -256,7 +256,7 @@ class TwoHotHead(Head):
 
 # Distributions are in float32 under any precision.
 class OneHot(td.OneHotCategorical):
-    """One-hot categoricals (..., K); samples carry the straight-through gradient of Alg. 1."""
+    """One-hot categoricals (..., K); samples carry the straight-through gradient."""
 
     def __init__(self, logit):
         super().__init__(logits=logit.float())
@@ -336,7 +336,7 @@ class Actor(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (Eq. 1): a deterministic GRU path and S categorical variables.
+    """Recurrent state-space model (Eq. 1): a deterministic GRU path and S categoricals (Alg. 1).
 
     State: deter (..., D), stoch (..., S * K), logit (..., S, K) or (Gaussian) mean, std (..., S).
     """
@@ -355,7 +355,7 @@ class RSSM(nn.Module):
         )
 
     def initial(self, batch):
-        """The zero state that every sequence starts from: deter (B, D), stoch (B, S * K)."""
+        """The zero state that each of B sequences starts from, without statistics."""
         zeros = self.img_out[1].bias.new_zeros
         return {"deter": zeros(batch, self.deter), "stoch": zeros(batch, self.stoch_size)}
 
@@ -379,10 +379,10 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch.flatten(-2) if self.classes else stoch, **stats}
 
     def gru_step(self, prev, action):
-        """h_t = f(h_{t-1}, z_{t-1}, a_t): a GRU with layer norm over its three parts at once."""
+        """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
         x = self.img_in(torch.cat([prev["stoch"], action], -1))
         parts = self.gru_norm(self.gru(torch.cat([x, prev["deter"]], -1)).float())
-        reset, cand, update = parts.chunk(3, -1)  # (B, D) each
+        reset, cand, update = parts.chunk(3, -1)  # (B, D) each, normed together
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)  # begins by keeping most of the old state
         return update * cand + (1 - update) * prev["deter"]
@@ -469,13 +469,12 @@ class WorldModel(nn.Module):
 
     def kl_loss(self, post, prior):
         """Alg. 2: most of the KL trains the prior towards the posterior -> loss (), KL (T, B)."""
-        free = self.args.free_nats
-        if self.args.kl_balance == 0.5:  # the plain KL, as the authors have it
+        free, alpha = self.args.free_nats, self.args.kl_balance
+        if alpha == 0.5:  # the plain KL, as the authors have it
             kl = self.rssm.kl(post, prior)
             return kl.clamp(min=free).mean(), kl
-        fixed_post, fixed_prior = common.detach(post), common.detach(prior)
-        to_post, to_prior = self.rssm.kl(fixed_post, prior), self.rssm.kl(post, fixed_prior)
-        alpha, kl = self.args.kl_balance, to_post
+        kl = to_post = self.rssm.kl(common.detach(post), prior)
+        to_prior = self.rssm.kl(post, common.detach(prior))
         if self.args.free_avg:
             to_post, to_prior = to_post.mean(), to_prior.mean()
         loss = alpha * to_post.clamp(min=free) + (1 - alpha) * to_prior.clamp(min=free)
@@ -561,10 +560,10 @@ def make_agent(shapes, args):
 
 
 def make_optimizers(agent, args):
-    """One Adam each; AdamW multiplies decay and learning rate, the authors' Adam does not."""
+    """One Adam each, of its own learning rate."""
     adam = functools.partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
-    decay = {k: args.weight_decay / lr for k, lr in rates.items()}
+    decay = {k: args.weight_decay / lr for k, lr in rates.items()}  # AdamW multiplies it by lr
     return {k: adam(agent[k].parameters(), rates[k], weight_decay=decay[k]) for k in rates}
 
 
@@ -599,10 +598,10 @@ def policy(agent, row, state, sample=True):
 
 def main(args):
     common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
-        batch_length deter hidden stoch cnn_depth units layers imag_horizon slow_update train_every
-        model_lr actor_lr critic_lr adam_eps clip eval_episodes""")  # fmt: skip
+        batch_length deter hidden stoch cnn_depth units layers imag_horizon train_every
+        model_lr actor_lr critic_lr adam_eps clip eval_episodes slow_update""")  # fmt: skip
     if args.imag_horizon < 2:
-        raise common.UserError("--imag-horizon is 1, but the first action is judged by state 2")
+        raise common.UserError("--imag-horizon is 1, it must be 2 or more")
     config = asdict(args)
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":

@@ -5,6 +5,7 @@ V(row) = r + g V(next row), where nothing follows a terminal row.
 """
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,38 +15,54 @@ import torch
 
 import common
 
-SCRIPTS = ["dreamerv2.py"]
 GAMMA = 0.8
 FLAGS = f"""--gamma {GAMMA} --batch-length 8 --imag-horizon 5 --deter 32 --hidden 32 --stoch 4
     --units 32 --cnn-depth 4 --grayscale --num-envs 4
     --model-lr 3e-3 --actor-lr 2e-3 --critic-lr 3e-3"""
-slow = pytest.mark.slow
+COMMANDS = {
+    "dreamerv1": "dreamerv1.py",
+    "reinforce": "dreamerv1.py --actor-grad reinforce --actor-entropy 1e-3",  # not by dynamics
+    "dreamerv2": "dreamerv2.py --slow-update 10",
+}
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return request.param
+def probe(updates, fast=(), reinforce=()):
+    """Runs a test by both scripts on each kind of {kind: updates}, marked slow if not among `fast`.
+
+    On the kinds in `reinforce`, DreamerV1 learns by its other gradient too.
+    """
+    runs = [("dreamerv1", kind) for kind in updates] + [("reinforce", kind) for kind in reinforce]
+    runs += [("dreamerv2", kind) for kind in updates]
+    return pytest.mark.parametrize(
+        ("command", "kind", "updates"),
+        [
+            pytest.param(
+                COMMANDS[name],
+                kind,
+                updates[kind],
+                id=f"{name}-{kind}",
+                marks=() if kind in fast and name != "reinforce" else pytest.mark.slow,
+            )
+            for name, kind in runs
+        ],
+    )
 
 
-def train(script, env_id, updates, folder, seed=1):
+def train(command, env_id, updates, folder, seed=1):
     """Random play, then a step and an update in turn -> how the agent plays and what it believes.
 
     All of it is (steps, environments): the rows, the greedy `answer` to each as x of probe_envs,
     `value`, `predicted_reward` and `discount` of the states, and `shown`, the row's first number.
     """
-    dreamer = importlib.import_module(script.removesuffix(".py"))
-    flags = f"--env-id {env_id} --seed {seed} {FLAGS}"
+    name, *own = command.replace(".py", "").split()
+    dreamer, continuous = importlib.import_module(name), "Continuous" in env_id
+    flags = f"--env-id {env_id} --seed {seed} --precision float32 {FLAGS}"
     flags += f" --batch-size {16 if 'Pixels' in env_id else 32}"
-    args = common.parse_args(dreamer.Args, dreamer.PRESETS, flags.split())
-    continuous = "Continuous" in env_id
-    args.actor_dist = {"dreamerv1.py": "tanh_normal"}.get(script, "trunc_normal")
-    if not continuous:
-        args.actor_dist = "onehot"
+    args = common.parse_args(dreamer.Args, dreamer.PRESETS, [*flags.split(), *own])
+    v1 = name == "dreamerv1"
+    args.actor_dist = ("tanh_normal" if v1 else "trunc_normal") if continuous else "onehot"
     if args.actor_grad == "auto":
         args.actor_grad = "dynamics" if continuous else "reinforce"
-    if hasattr(args, "slow_update"):
-        args.slow_update = 10
-    args.precision = "float32"
     common.setup(seed, cuda=False, deterministic=False, threads=1)
     envs = common.make_envs(args.num_envs, env_id=env_id, seed=seed, grayscale=args.grayscale)
     shapes = common.row_shapes(envs)
@@ -59,11 +76,13 @@ def train(script, env_id, updates, folder, seed=1):
         action, state = dreamer.policy(agent, row, state)
         if i < 0:
             action = common.random_actions(envs, replay.rng)
+        elif v1:
+            action = dreamer.explore(action, i, args, replay.rng)
         row, done, _ = common.step_rows(envs, action, done)
         replay.add(row)
         if i >= 0:
             batch = replay.sample(args.batch_size, args.batch_length)
-            dreamer.update(agent, optimizers, batch, i, args)
+            dreamer.update(agent, optimizers, batch, *(() if v1 else (i,)), args)
 
     rows, world_model = [], agent["world_model"]
     row, done, state = common.reset_rows(envs), np.zeros(args.num_envs, bool), None
@@ -82,7 +101,7 @@ def train(script, env_id, updates, folder, seed=1):
     play = SimpleNamespace(**{k: np.stack([row[k] for row in rows]) for k in rows[0]})
     play.first, play.terminal = play.is_first > 0, play.is_terminal > 0
     # DreamerV1 trains no critic on the states that imagination starts from, as reset rows are.
-    play.judged = ~play.first if script == "dreamerv1.py" else np.ones_like(play.first)
+    play.judged = ~play.first if v1 else np.ones_like(play.first)
     return play
 
 
@@ -108,20 +127,22 @@ def assert_model_knows(play):
     assert distance(play.discount, GAMMA * (1 - play.is_terminal), everywhere) < 0.05
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=slow) for kind in ("", "Continuous")])
-def test_the_value_of_a_constant_reward_goes_on_past_the_time_limit(script, tmp_path, kind):
-    play = train(script, f"ProbeConstant{kind}-v0", 400, tmp_path)
+@probe({"": 400, "Continuous": 400})
+def test_the_value_of_a_constant_reward_goes_on_past_the_time_limit(
+    tmp_path, command, kind, updates
+):
+    play = train(command, f"ProbeConstant{kind}-v0", updates, tmp_path)
     assert_model_knows(play)
     assert not play.terminal.any()
     value = 1 / (1 - GAMMA) - play.first  # a reset row comes without the reward
     assert distance(play.value, value, play.judged) < 0.3
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=slow) for kind in ("", "Continuous", "Pixels")]
-)
-def test_a_reward_that_the_observation_foretold_is_remembered_and_valued(script, tmp_path, kind):
-    play = train(script, f"ProbeObservation{kind}-v0", 400, tmp_path)
+@probe({"": 400, "Continuous": 400, "Pixels": 400})
+def test_a_reward_that_the_observation_foretold_is_remembered_and_valued(
+    tmp_path, command, kind, updates
+):
+    play = train(command, f"ProbeObservation{kind}-v0", updates, tmp_path)
     assert_model_knows(play)
     ret = returns(play)
     known = np.isfinite(ret)
@@ -131,16 +152,9 @@ def test_a_reward_that_the_observation_foretold_is_remembered_and_valued(script,
         assert distance(play.value, ret, known & play.first) < 0.2
 
 
-@pytest.mark.parametrize(
-    ("kind", "updates"),
-    [
-        ("", 400),
-        pytest.param("Continuous", 600, marks=slow),
-        pytest.param("ContinuousPixels", 600, marks=slow),
-    ],
-)
-def test_the_action_that_the_observation_asks_for_is_learnt(script, tmp_path, kind, updates):
-    play = train(script, f"ProbeAction{kind}-v0", updates, tmp_path)
+@probe({"": 400, "Continuous": 600, "ContinuousPixels": 600}, [""], reinforce=["", "Continuous"])
+def test_the_action_that_the_observation_asks_for_is_learnt(tmp_path, command, kind, updates):
+    play = train(command, f"ProbeAction{kind}-v0", updates, tmp_path)
     assert_model_knows(play)
     high = play.shown > (127 if "Pixels" in kind else 0)
     assert high[play.first].any()
@@ -155,9 +169,9 @@ def test_the_action_that_the_observation_asks_for_is_learnt(script, tmp_path, ki
     assert distance(play.value, ret, known & play.judged) < 0.2
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=slow) for kind in ("", "Continuous")])
-def test_an_action_that_costs_now_and_pays_later_is_learnt(script, tmp_path, kind):
-    play = train(script, f"ProbeDelayed{kind}-v0", 400, tmp_path)
+@probe({"": 400, "Continuous": 400})
+def test_an_action_that_costs_now_and_pays_later_is_learnt(tmp_path, command, kind, updates):
+    play = train(command, f"ProbeDelayed{kind}-v0", updates, tmp_path)
     assert_model_knows(play)
     assert play.answer[play.first].mean() > 0.9
     second = ~play.first & ~play.terminal
@@ -166,11 +180,9 @@ def test_an_action_that_costs_now_and_pays_later_is_learnt(script, tmp_path, kin
         assert distance(play.value, GAMMA * (-0.3 + GAMMA), play.first) < 0.2
 
 
-@pytest.mark.parametrize(
-    "kind", ["", pytest.param("Continuous", marks=slow), pytest.param("Pixels", marks=slow)]
-)
-def test_going_on_is_preferred_to_more_reward_and_a_true_end(script, tmp_path, kind):
-    play = train(script, f"ProbeTerminal{kind}-v0", 400, tmp_path)
+@probe({"": 400, "Continuous": 400, "Pixels": 400}, [""])
+def test_going_on_is_preferred_to_more_reward_and_a_true_end(tmp_path, command, kind, updates):
+    play = train(command, f"ProbeTerminal{kind}-v0", updates, tmp_path)
     assert_model_knows(play)
     assert (play.answer > 0.5).mean() > 0.95
     value = 0.5 / (1 - GAMMA) - 0.5 * play.first  # the other action has GAMMA * 1 and no more
