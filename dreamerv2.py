@@ -2,7 +2,7 @@
 
 This is DreamerV1 with categorical latents and straight-through gradients, KL balancing, REINFORCE
 for discrete actions, an entropy bonus, a slow critic, and a GRU with layer norm. Where the paper
-and the authors' code disagree we follow the code, which made the published curves.
+and the authors' code disagree we follow the code.
 
     python dreamerv2.py --env-id CartPole-v1                # learns in minutes on a laptop
     python dreamerv2.py --env-id PongNoFrameskip-v4         # the paper's agent

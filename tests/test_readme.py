@@ -4,13 +4,28 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 import common
+import dreamerv1
 import dreamerv2
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SCRIPTS = [dreamerv1, dreamerv2]
+
+
+def between(name):
+    """What stands between the two markers of a name."""
+    return README.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
+
+
+def rows_of(name):
+    """Cells of the table between the markers, the header first."""
+    header, _, *rows = between(name).strip().splitlines()
+    return [line.strip("| ").split(" | ") for line in (header, *rows)]
 
 
 def value_of(text):
@@ -22,38 +37,117 @@ def value_of(text):
         return text
 
 
-def test_the_table_of_presets_is_that_of_the_code():
-    table = README.split("<!-- presets:begin -->")[1].split("<!-- presets:end -->")[0]
-    header, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+def flags_of(script):
+    fields = {f"--{name.replace('_', '-')}" for name in asdict(script.Args())}
+    return fields | {flag.replace("--", "--no-", 1) for flag in fields} | {"--help"}
+
+
+def flags_in(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--logdir"}
+
+
+def names_in(text):
+    """What a text names in parentheses, as in (`RSSM.observe`, `main`), without flags."""
+    places = re.findall(r"\(((?:`[\w.-]+`(?:, )?)+)\)", text)
+    return {name for place in places for name in re.findall(r"`([a-zA-Z][\w.]+)`", place)}
+
+
+def exists(name, script):
+    home = common if name.startswith("common.") else script
+    for part in name.removeprefix("common.").split("."):
+        if not hasattr(home, part):
+            return False
+        home = getattr(home, part)
+    return True
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_of_presets_is_that_of_the_code(script):
+    header, *rows = rows_of(f"presets-{script.__name__}")
     names, seen = [name.strip("`") for name in header[1:]], set()
-    assert names == list(dreamerv2.PRESETS)
+    assert names == list(script.PRESETS)
+    presets = {name: asdict(script.Args()) | script.PRESETS[name] for name in names}
     for flag, *values in rows:
         field = flag.strip("`-").replace("-", "_")
         seen.add(field)
         for name, text in zip(names, values, strict=True):
-            ours = (asdict(dreamerv2.Args()) | dreamerv2.PRESETS[name])[field]
-            assert value_of(text) == ours, (field, name)
-    changed = {field for preset in dreamerv2.PRESETS.values() for field in preset}
+            assert value_of(text) == presets[name][field], (field, name)
+    changed = {field for preset in script.PRESETS.values() for field in preset}
     assert changed <= seen, changed - seen
+
+    after = README.split(f"<!-- presets-{script.__name__}:end -->")[1].strip().split("\n\n")[0]
+    steps = re.search(r"The same in all four: replay of ([\d,]+) agent steps", after)[1]
+    same = [("replay-size", steps), *re.findall(r"`--([a-z-]+) ([^`]+)`", after)]
+    assert len(same) > 4
+    for flag, text in same:
+        values = {preset[flag.replace("-", "_")] for preset in presets.values()}
+        assert values == {value_of(text)}, flag
 
 
 def test_every_flag_that_the_readme_names_exists():
-    fields = {f"--{name.replace('_', '-')}" for name in asdict(dreamerv2.Args())}
-    fields |= {flag.replace("--", "--no-", 1) for flag in fields} | {"--help"}
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--logdir"}
-    assert flags <= fields, flags - fields
+    both = [flags_of(script) for script in SCRIPTS]
+    flags = flags_in(README)
+    assert flags <= set.union(*both), flags - set.union(*both)
+    for script, fields in zip(SCRIPTS, both, strict=True):
+        commands = re.findall(rf"python {script.__name__}\.py ([^`\n]+)", README)
+        assert commands
+        for command in commands:
+            flags = flags_in(command.split("#")[0])
+            assert flags <= fields, (script.__name__, flags - fields)
+
+
+def test_what_the_readme_says_of_one_script_alone_names_its_flags():
+    cells = [cell.strip() for line in README.splitlines() for cell in line.split(" | ")]
+    for number, script in enumerate(SCRIPTS, 1):
+        for cell in cells:
+            if cell.startswith((f"V{number}:", f"V{number},")):
+                flags = flags_in(cell.split(f"V{3 - number}:")[0])
+                assert flags <= flags_of(script), cell
+    differences = README.split("\n## Differences")[1].split("\n## ")[0]
+    for script, name in zip(SCRIPTS, ("DreamerV1", "DreamerV2"), strict=True):
+        flags = flags_in(differences.split(f"\n### {name}\n")[1].split("\n### ")[0])
+        assert flags <= flags_of(script), flags - flags_of(script)
 
 
 def test_every_function_that_the_details_name_exists():
     details = README.split("## Implementation details")[1].split("\n## ")[0]
-    places = re.findall(r"\(((?:`[\w.-]+`(?:, )?)+)\)", details)
-    names = {name for place in places for name in re.findall(r"`([\w.]+)`", place)} - {"main"}
-    assert len(names) > 20
-    for name in names:
-        home = common if name.startswith("common.") else dreamerv2
-        for part in name.removeprefix("common.").split("."):
-            assert hasattr(home, part), name
-            home = getattr(home, part)
+    both, one, two = (part for part in re.split(r"\n### In .*\n", details)[1:])
+    for text, scripts in ((both, SCRIPTS), (one, [dreamerv1]), (two, [dreamerv2])):
+        names = names_in(text)
+        assert len(names) >= 8
+        for name in names:
+            assert all(exists(name, script) for script in scripts), name
+    assert flags_in(one) <= flags_of(dreamerv1)
+    assert flags_in(two) <= flags_of(dreamerv2)
+
+
+def test_every_function_that_the_equations_name_exists():
+    rows = README.split("Where the papers' equations are:")[1].strip().split("\n\n")[0].splitlines()
+    for *cells, where in (row.strip("| ").split(" | ") for row in rows[2:]):
+        for part in where.split(";"):
+            only = part.strip()[:2]  # V1 or V2, if one alone has it
+            for name in set(re.findall(r"`([\w.]+)`", part)) - {"critic"}:
+                name = {"WorldModel.reward": "Head", "WorldModel.discount": "Head"}.get(name, name)
+                if only != "V2":
+                    assert exists(name, dreamerv1), (cells, name)
+                if only != "V1":
+                    assert exists(name, dreamerv2), (cells, name)
+    assert len(rows) > 15
+
+
+def test_the_numbers_of_parameters_are_those_of_the_networks():
+    header, *rows = rows_of("parameters")
+    assert len(rows) == 4
+    for name, preset, *numbers in rows:
+        script = {f"`{script.__name__}.py`": script for script in SCRIPTS}[name]
+        args = script.Args(**script.PRESETS[preset.strip("`")])
+        args.actor_dist = "onehot" if preset == "`atari`" else "tanh_normal"
+        image = (1 if args.grayscale else 3, 64, 64)
+        with torch.device("meta"):
+            agent = script.make_agent({"image": image, "action": (6,)}, args)
+        for module, number in zip(header[2:], numbers, strict=True):
+            parameters = agent[module.replace(" ", "_")].parameters()
+            assert sum(p.numel() for p in parameters) == value_of(number), (name, preset, module)
 
 
 def test_ci_runs_the_line_that_the_readme_gives():
@@ -63,11 +157,13 @@ def test_ci_runs_the_line_that_the_readme_gives():
 
 
 def test_the_results_are_those_of_the_run_cards():
-    table = README.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
-    rows = re.findall(r"\| `python (\w+)\.py --env-id (\S+)` \| ([\d,]+) \| ([^|]+) \|", table)
-    assert rows
+    command = r"\| `python (\w+)\.py --env-id ([^\s`]+)[^`]*` \| ([\d,]+) \| ([^|]+) \|"
+    rows, folder = re.findall(command, between("results")), ROOT / "benchmarks" / "curves"
+    shown = set()
     for script, env_id, frames, returns in rows:
-        name = f"{script}-{env_id.replace('/', '-')}"
-        card = yaml.safe_load((ROOT / "benchmarks" / "curves" / f"{name}.yaml").read_text())
+        shown.add(name := f"{script}-{env_id.replace('/', '-')}")
+        card = yaml.safe_load((folder / f"{name}.yaml").read_text())
         assert [float(x) for x in returns.split(",")] == card["final_eval_return"], env_id
         assert int(frames.replace(",", "")) == card["args"]["total_frames"], env_id
+        assert script == card["args"]["exp_name"], env_id
+    assert shown == {path.stem for path in folder.glob("*.yaml")}
