@@ -4,15 +4,20 @@ python benchmarks/card.py runs/CartPole-v1__dreamerv2__*
 """
 
 import csv
+import importlib
 import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 
 PACKAGES = "torch numpy gymnasium dm_control mujoco ale-py".split()
 COLUMNS = "script commit env_id seed env_frames updates episode_return kind wall_hours".split()
@@ -22,6 +27,21 @@ def git(*command):
     return subprocess.run(
         ["git", *command], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def command(script, args):
+    """The command line of a run: its id and what differs from the preset."""
+    module, words = importlib.import_module(script), []
+    preset = module.PRESETS[common.preset_name(args["env_id"], args["observation"])]
+    default = asdict(module.Args()) | preset | {k: args[k] for k in ("env_id", "exp_name", "seed")}
+    for name, value in args.items():
+        if value != default[name]:
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words.append(f"--{flag} {value}")
+    return " ".join([f"python {script}.py --env-id {args['env_id']}", *words])
 
 
 def main(folders):
@@ -46,7 +66,7 @@ def main(folders):
                             writer.writerow((script, commit, env_id, args["seed"], *point, hours))
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         card = {
-            "command": f"python {script}.py --env-id {env_id} --seed SEED",
+            "command": f"{command(script, runs[0][0])} --seed SEED",
             "commit": commit,
             "device": gpu or f"CPU, {platform.machine()}, {torch.get_num_threads()} cores",
             "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
