@@ -14,7 +14,7 @@ from torch import nn
 
 import dreamerv1
 
-T, B, N, A, C, V = 8, 4, 32, 2, 3, 12
+T, B, N, A, C, V = 8, 4, 32, 3, 1, 12
 D, S, HIDDEN, UNITS, DEPTH, HORIZON = 9, 5, 13, 11, 2, 6
 FEAT = S + D
 SHAPES = {"image": (C, 64, 64), "vector": (V,)}
@@ -65,8 +65,8 @@ def make_batch(keys=("vector",), discrete=False):
     }
     if discrete:
         batch["action"] = F.one_hot(torch.randint(A, (T, B)), A).float()
-    batch["is_terminal"][2, 1] = batch["is_first"][3, 1] = batch["is_terminal"][-1, 3] = 1
-    batch["action"][3, 1] = batch["reward"][3, 1] = 0
+    batch["is_terminal"][4, 1] = batch["is_first"][5, 1] = batch["is_terminal"][-1, 3] = 1
+    batch["action"][5, 1] = batch["reward"][5, 1] = 0
     return {k: v for k, v in batch.items() if k in keys or k not in SHAPES}
 
 
@@ -111,6 +111,15 @@ def snapshot(module):
 
 def close(a, b, rtol=1e-4, atol=1e-6):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def close_gradients(a, b, leaves, atol=1e-6):
+    """Two scalars have the same gradients at the leaves -> these gradients."""
+    zeros = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    ours, theirs = (torch.autograd.grad(x, leaves, **zeros) for x in (a, b))
+    for x, y in zip(ours, theirs, strict=True):
+        close(x, y, rtol=1e-3, atol=atol)
+    return ours
 
 
 # Sizes, weights and presets
@@ -232,15 +241,9 @@ TABLE = {"atari": ATARI, "dmc_pixels": DMC, "dmc_vector": DMC, "other": OTHER}
 def test_presets_equal_the_published_hyperparameters(name):
     args = vars(dreamerv1.Args(**dreamerv1.PRESETS[name]))
     assert {k: args[k] for k in TABLE[name]} == TABLE[name]
-
-
-def test_the_dmc_replay_keeps_every_step():
-    args = dreamerv1.Args(**dreamerv1.PRESETS["dmc_pixels"])
-    assert args.replay_size >= args.total_frames // args.action_repeat
-
-
-def test_there_is_a_preset_for_every_domain():
     assert dreamerv1.PRESETS.keys() == TABLE.keys()
+    if name != "atari":  # whose replay would be too large
+        assert args["replay_size"] >= args["total_frames"] // args["action_repeat"]
 
 
 # RSSM
@@ -261,18 +264,14 @@ def test_gru_step_equals_the_formula_of_keras():
     close(rssm.gru_step(state, action), update * h + (1 - update) * cand, atol=1e-5)
 
 
-def test_statistics_are_a_mean_and_a_std_of_softplus_plus_a_tenth():
-    rssm, x = make().world_model.rssm, 3 * torch.randn(T, B, 2 * S)
-    stats = rssm.stats(x)
-    close(stats["mean"], x[..., :S])
-    close(stats["std"], torch.log1p(x[..., S:].exp()) + 0.1)
-    assert all(v.dtype == torch.float32 for v in rssm.stats(x.bfloat16()).values())
-
-
-def test_latents_are_samples_that_carry_the_gradient_to_mean_and_std():
+def test_latents_are_samples_with_a_std_of_softplus_plus_a_tenth_that_carry_the_gradient():
     rssm, count = make().world_model.rssm, 10_000
-    x, deter = torch.randn(2 * S).requires_grad_(), torch.randn(count, D)
+    x, deter = 2 * torch.randn(2 * S), torch.randn(count, D)
+    x.requires_grad_()
     state = rssm.state(deter, x.expand(count, 2 * S))
+    close(state["mean"], x[:S].expand(count, S))
+    close(state["std"], (torch.log1p(x[S:].exp()) + 0.1).expand(count, S))
+    assert all(v.dtype == torch.float32 for v in rssm.stats(x.bfloat16()).values())
     assert state["deter"] is deter
     mean, std, stoch = (state[k] for k in ("mean", "std", "stoch"))
     noise = ((stoch - mean) / std).detach()
@@ -280,8 +279,7 @@ def test_latents_are_samples_that_carry_the_gradient_to_mean_and_std():
         assert scipy.stats.kstest(noise[:, s].numpy(), "norm").pvalue > 1e-3
     assert np.abs(np.corrcoef(noise.T.numpy()) - np.eye(S)).max() < 0.05
     weight = torch.randn(count, S)
-    ours = torch.autograd.grad((weight * stoch).sum(), x, retain_graph=True)[0]
-    close(ours, torch.autograd.grad((weight * (mean + std * noise)).sum(), x)[0], rtol=1e-3)
+    close_gradients((weight * stoch).sum(), (weight * (mean + std * noise)).sum(), [x], 1e-3)
 
 
 def test_kl_of_the_posterior_from_the_prior_is_summed_over_latents_and_trains_both():
@@ -294,12 +292,9 @@ def test_kl_of_the_posterior_from_the_prior_is_summed_over_latents_and_trains_bo
     kl = rssm.kl(post, prior)
     assert kl.shape == (T, B)
     close(kl, expected)
-    weight, retain = torch.randn(T, B), {"retain_graph": True}
-    ours = torch.autograd.grad((weight * kl).sum(), leaves, **retain)
-    theirs = torch.autograd.grad((weight * expected).sum(), leaves)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.any()
-        close(a, b, rtol=1e-3, atol=1e-5)
+    weight = torch.randn(T, B)
+    grads = close_gradients((weight * kl).sum(), (weight * expected).sum(), leaves, 1e-5)
+    assert all(g.any() for g in grads)
 
 
 def test_states_have_the_shapes_of_the_docstring():
@@ -313,19 +308,9 @@ def test_states_have_the_shapes_of_the_docstring():
     shapes = {k: (HORIZON, N, v) for k, v in sizes.items()}
     assert {k: v.shape for k, v in states.items()} == shapes
     assert action.shape == (HORIZON, N, A)
-    initial = x.world_model.rssm.initial(B)
-    assert {k: v.shape for k, v in initial.items()} == {"deter": (B, D), "stoch": (B, S)}
-    assert not any(v.any() for v in initial.values())
-
-
-def test_posterior_sees_state_then_embedding_and_features_are_stoch_then_deter():
-    x, batch = make(), make_batch()
-    rssm, embed = x.world_model.rssm, x.world_model.encoder(batch)
-    post, _ = observe(x, batch)
-    raw = rssm.obs_out(torch.cat([post["deter"], embed], -1))
-    close(post["mean"], raw[..., :S])
-    close(rssm.feat(post), torch.cat([post["stoch"], post["deter"]], -1))
-    assert rssm.feat_size == FEAT
+    feat = x.world_model.rssm.feat(post)
+    assert torch.equal(feat, torch.cat([post["stoch"], post["deter"]], -1))
+    assert feat.shape[-1] == x.world_model.rssm.feat_size == FEAT
 
 
 @pytest.mark.usefixtures("no_noise")
@@ -352,13 +337,13 @@ def test_the_first_action_of_a_window_counts_unless_its_row_is_a_reset():
     changed = batch | {"action": batch["action"].clone()}
     changed["action"][0] += 1
     (before, _), (after, _) = observe(x, batch), observe(x, changed)
-    moved = (before["deter"] != after["deter"]).any(-1).all(0)
+    moved = (before["deter"] != after["deter"]).any(-1).all(0)  # (B,)
     assert moved.tolist() == [True, False, True, False]
 
 
-def test_prior_statistics_equal_those_of_imagined_steps_from_the_zero_state():
+def test_observing_by_hand_from_the_zero_state_and_the_prior_is_that_of_imagined_steps():
     x, batch = make(), make_batch()
-    rssm = x.world_model.rssm
+    rssm, embed = x.world_model.rssm, x.world_model.encoder(batch)
     post, prior = observe(x, batch)
     state = {"deter": torch.zeros(B, D), "stoch": torch.zeros(B, S)}
     for t in range(T):
@@ -368,20 +353,9 @@ def test_prior_statistics_equal_those_of_imagined_steps_from_the_zero_state():
         close(step["deter"], post["deter"][t])
         for key in ("mean", "std"):
             close(step[key], prior[key][t], atol=1e-5)
+        raw = rssm.obs_out(torch.cat([step["deter"], embed[t]], -1))
+        close(raw[:, :S], post["mean"][t], atol=1e-5)
         state = {k: post[k][t] for k in ("deter", "stoch")}
-
-
-@pytest.mark.usefixtures("no_noise")
-def test_states_depend_on_the_past_of_their_own_sequence_only():
-    rssm, (t, b) = make().world_model.rssm, (3, 1)
-    embed = torch.randn(T, B, UNITS, requires_grad=True)
-    action = torch.randn(T, B, A, requires_grad=True)
-    post, prior = rssm.observe(embed, action, torch.zeros(T, B))
-    for stats, seen in ((post, t), (prior, t - 1)):
-        out = stats["std"][t, b].sum()
-        for_embed, for_action = torch.autograd.grad(out, [embed, action], retain_graph=True)
-        assert for_embed.any(-1).nonzero().tolist() == [[i, b] for i in range(seen + 1)]
-        assert for_action.any(-1).nonzero().tolist() == [[i, b] for i in range(t + 1)]
 
 
 def test_imagined_states_follow_the_start_and_action_i_leads_to_state_i(monkeypatch):
@@ -451,11 +425,7 @@ def test_model_loss_is_the_sum_of_its_scaled_parts(transform, head):
         close(metrics[key], value.detach())
         assert not metrics[key].requires_grad
     assert (model.discount is not None) == head
-    parameters = list(model.parameters())
-    ours = torch.autograd.grad(loss, parameters, retain_graph=True)
-    theirs = torch.autograd.grad(sum(scaled.values()), parameters)
-    for a, b in zip(ours, theirs, strict=True):
-        close(a, b, rtol=1e-3, atol=1e-4)
+    close_gradients(loss, sum(scaled.values()), list(model.parameters()), 1e-4)
 
 
 @pytest.mark.parametrize("free", [2.0, 5.0])
@@ -487,18 +457,17 @@ def test_tanh_normal_actor_has_the_mean_std_and_density_of_the_authors():
     theirs = torch.tensor(theirs.logpdf(np.arctanh(x.numpy()))) - torch.log(1 - x.square())
     close(dist.log_prob(x), theirs.sum(-1), atol=1e-4)
     assert dist.log_prob(x).shape == dist.entropy().shape == (T, B)
-
-
-def test_raw_outputs_of_zero_give_the_widest_policy_and_low_ones_the_narrowest():
-    actor, feat = make().actor, torch.randn(B, FEAT)
-    for raw, std in ((0.0, 5 + 1e-4), (-100.0, 1e-4)):
-        actor.std.weight.data.zero_()
+    actor.std.weight.data.zero_()
+    for raw, wanted in ((0.0, 5 + 1e-4), (-100.0, 1e-4)):  # the widest policy and the narrowest
         actor.std.bias.data.fill_(raw)
-        close(actor(feat).base_dist.base_dist.stddev, torch.full((B, A), std), rtol=1e-5)
+        std = actor(feat).base_dist.base_dist.stddev
+        close(std, torch.full_like(std, wanted), rtol=1e-5)
 
 
 def test_the_mode_is_the_likeliest_of_100_samples_of_each_batch_element():
-    dist = make().actor(3 * torch.randn(T, B, FEAT))
+    actor = make().actor
+    actor.std.bias.data.fill_(-7.0)  # narrow enough that no tanh is rounded to 1
+    dist = actor(torch.randn(T, B, FEAT))
     torch.manual_seed(4)
     samples = dist.rsample((100,))
     log_prob, best = dist.log_prob(samples), set()
@@ -510,17 +479,18 @@ def test_the_mode_is_the_likeliest_of_100_samples_of_each_batch_element():
     assert len(best) > 10
 
 
-def test_entropy_is_minus_the_mean_log_prob_and_pulls_on_the_actor():
-    dist = make().actor(torch.randn(B, FEAT))
+def test_entropy_is_exact_for_samples_that_tanh_rounds_to_the_bounds():
+    actor = make().actor
+    dist = actor(torch.randn(B, FEAT))
     torch.manual_seed(4)
     z = dist.base_dist.base_dist.rsample((100,))
     torch.manual_seed(4)
     entropy = dist.entropy()
-    slope = torch.log(4 * z.double().sigmoid() * (-z.double()).sigmoid())  # of tanh(z / 2)
-    del slope
-    log_prob = dist.base_dist.log_prob(z) - (2 * (math.log(2) - z - F.softplus(-2 * z))).sum(-1)
-    close(entropy, -log_prob.mean(0), atol=1e-4)
-    assert entropy.requires_grad
+    slope = -2 * torch.log(torch.cosh(z.double()))  # log of tanh's derivative, finite at 20 too
+    expected = (slope.sum(-1) - dist.base_dist.log_prob(z)).mean(0)
+    close(entropy, expected, atol=1e-4)
+    leaves = [actor.out.bias, actor.std.bias]
+    close_gradients(entropy.sum(), expected.sum(), leaves, 1e-4)
 
 
 def test_actions_stay_inside_the_bounds_with_finite_gradients_for_extreme_outputs():
@@ -544,12 +514,11 @@ def test_one_hot_actor_samples_by_its_softmax_and_has_its_straight_through_gradi
     assert ((sample == 0) | (sample == 1)).all()
     assert (sample.sum(-1) == 1).all()
     close(sample.mean(0).detach(), logit.softmax(-1).detach(), rtol=0, atol=0.03)
-    leaf = actor.out.bias
-    (ours,) = torch.autograd.grad((sample * weight).sum(), leaf)
     prob = actor.out(actor.mlp(feat)).softmax(-1)
-    (theirs,) = torch.autograd.grad((prob * weight).sum(), leaf)
-    close(ours, theirs, rtol=1e-3)
-    assert ours.any()
+    (grad,) = close_gradients(
+        (sample * weight).sum(), (prob * weight).sum(), [actor.out.bias], 1e-3
+    )
+    assert grad.any()
     assert not hasattr(actor, "std")
 
 
@@ -559,18 +528,21 @@ GRADS = [(discrete, grad) for discrete in (True, False) for grad in ("reinforce"
 
 
 def recorded(x, monkeypatch, discrete, steps):
-    """Replaces imagination by random states and actions that collect gradients -> them, starts."""
+    """Replaces imagination by random states and actions that collect gradients -> them, calls."""
     states = random_state(HORIZON, steps * B)
     action = torch.rand(HORIZON, steps * B, A) * 1.8 - 0.9
     if discrete:
         action = F.one_hot(torch.randint(A, (HORIZON, steps * B)), A).float()
-    starts = []
+    calls = []
     for leaf in (*states.values(), action):
         leaf.requires_grad_()
-    monkeypatch.setattr(
-        x.world_model.rssm, "imagine", lambda *a: starts.append(a[1:]) or (states, action)
-    )
-    return states, action, starts
+
+    def imagine(actor, *args):
+        calls.append((*args, torch.is_grad_enabled()))
+        return states, action
+
+    monkeypatch.setattr(x.world_model.rssm, "imagine", imagine)
+    return states, action, calls
 
 
 @pytest.mark.parametrize("entropy_scale", [0.0, 0.2])
@@ -582,10 +554,11 @@ def test_actor_and_critic_losses_by_brute_force(discrete, grad, head, entropy_sc
         discount_lambda=0.8, discount_head=head,
     )  # fmt: skip
     model, steps, batch = x.world_model, T - head, make_batch(discrete=discrete)
-    states, action, starts = recorded(x, monkeypatch, discrete, steps)
+    states, action, calls = recorded(x, monkeypatch, discrete, steps)
     post, (actor_loss, critic_loss, metrics) = behave(x, batch)
-    ((start, horizon),) = starts
+    ((start, horizon, graph),) = calls
     assert horizon == HORIZON
+    assert graph == (grad == "dynamics")  # reinforce needs none through the imagination
     for key in ("deter", "stoch"):  # every step of the batch, but the last one with a head
         assert torch.equal(start[key], post[key].detach().reshape(T * B, -1)[: steps * B])
 
@@ -622,8 +595,8 @@ def test_actor_and_critic_losses_by_brute_force(discrete, grad, head, entropy_sc
     close(actor_loss, expected[0])
     close(critic_loss, expected[1])
     wanted = {
-        "losses/actor": expected[0], "losses/critic": expected[1], "imag/return": return_sum / count,
-        "imag/actor_entropy": entropy.mean(), "imag/reward": reward.mean(),
+        "losses/actor": expected[0], "losses/critic": expected[1], "imag/reward": reward.mean(),
+        "imag/actor_entropy": entropy.mean(), "imag/return": return_sum / count,
         "imag/value": prediction[:-1].mean(), "imag/discount": disc_sum / (steps * B * HORIZON),
     }  # fmt: skip
     assert metrics.keys() == wanted.keys()
@@ -631,26 +604,11 @@ def test_actor_and_critic_losses_by_brute_force(discrete, grad, head, entropy_sc
         close(metrics[key], number.detach())
         assert not metrics[key].requires_grad
 
-    zeros = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
-    frozen = [*model.parameters(), *(v for v in post.values() if v.requires_grad)]
-    leaves = {
-        actor_loss: [*x.actor.parameters(), *states.values()],
-        critic_loss: [*x.critic.parameters(), *states.values()],
-    }
-    for (loss, own), theirs in zip(leaves.items(), expected, strict=True):
-        if not loss.requires_grad:  # only dynamics, whose actions were replaced, has no other way
-            assert not own
-        theirs = torch.autograd.grad(theirs, own, **zeros)
-        if grad == "reinforce":  # no graph through the imagination
-            theirs = [*theirs[:-2], *(torch.zeros_like(v) for v in states.values())]
-        for a, b in zip(torch.autograd.grad(loss, own, **zeros), theirs, strict=True):
-            close(a, b, rtol=1e-3, atol=1e-6)
-        assert not any(g.any() for g in torch.autograd.grad(loss, [*frozen, action], **zeros))
-    reached = torch.autograd.grad(actor_loss, list(states.values()), **zeros)
+    leaves = [*states.values(), action, *x.actor.parameters()]
+    *reached, through_action = close_gradients(actor_loss, expected[0], leaves)[:3]
     assert all(g.any() == (grad == "dynamics") for g in reached)
-    assert not any(
-        g.any() for g in torch.autograd.grad(actor_loss, list(x.critic.parameters()), **zeros)
-    )
+    assert not through_action.any()  # log pi sees the action, but pulls it nowhere
+    close_gradients(critic_loss, expected[1], [*leaves, *x.critic.parameters()])
 
 
 @pytest.mark.parametrize("head", [True, False])
@@ -673,35 +631,14 @@ def test_behavior_losses_reach_actor_and_critic_alone_and_each_its_own(discrete,
 def test_terminal_starts_train_nothing_with_a_discount_head_but_count_in_the_mean():
     for head in (True, False):
         x, batch = make(discount_head=head), make_batch()
-        losses = []
+        losses = []  # of actor and critic
         for ends in ([], [1], [1, 2, 0, 3]):  # the sequences whose every step is terminal
             batch["is_terminal"].zero_()
             batch["is_terminal"][:, ends] = 1
             torch.manual_seed(5)
-            losses.append([float(v) for v in behave(x, batch)[1][:2]])
+            losses.append([v.item() for v in behave(x, batch)[1][:2]])
         assert (losses[0] != losses[1]) == head
         assert (losses[2] == [0.0, 0.0]) == head
-
-
-@pytest.mark.parametrize("grad", ["dynamics", "reinforce"])
-def test_imagination_has_a_graph_only_if_its_gradient_trains_the_actor(grad, monkeypatch):
-    x, seen, returns = make(actor_grad=grad), [], dreamerv1.lambda_return
-    imagine = x.world_model.rssm.imagine
-
-    def record(*args):
-        states, action = imagine(*args)
-        seen.extend([*states.values(), action])
-        return states, action
-
-    def record_return(*args):
-        seen.append(returns(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(x.world_model.rssm, "imagine", record)
-    monkeypatch.setattr(dreamerv1, "lambda_return", record_return)
-    behave(x, make_batch())
-    assert len(seen) == 6
-    assert all(v.requires_grad == (grad == "dynamics") for v in seen)
 
 
 @pytest.mark.usefixtures("no_noise")
@@ -710,7 +647,7 @@ def test_dynamics_gradient_equals_finite_differences_of_the_imagined_returns(sou
     x, batch = make(discount_head=False, gamma=0.9), make_batch()
     heads, bias = {"reward": x.world_model.reward, "critic": x.critic}, x.actor.out.bias
     x.actor.out.weight.data.zero_()  # one action everywhere: no gradient is cut at the actor
-    bias.data = torch.tensor([0.3, -0.4])
+    bias.data = torch.tensor([0.3, -0.4, 0.1])
     for name, head in heads.items():
         head.out.weight.data *= 10 if name == source else 0
     (grad,) = torch.autograd.grad(behave(x, batch)[1][0], bias)
@@ -723,30 +660,6 @@ def test_dynamics_gradient_equals_finite_differences_of_the_imagined_returns(sou
         numerical = (sides[0] - sides[1]) / 0.04
         assert abs(numerical) > 1e-3
         assert math.isclose(grad[i], numerical, rel_tol=0.02)
-
-
-def test_the_predicted_discount_trains_the_actor_too():
-    x, batch = make(), make_batch()
-    for head in (x.world_model.reward, x.critic):
-        head.out.weight.data.zero_()
-        head.out.bias.data.fill_(1.0)
-    behave(x, batch)[1][0].backward()
-    assert all(p.grad.any() for p in x.actor.parameters())
-
-
-def test_reinforce_makes_actions_with_advantage_more_likely(monkeypatch):
-    x = make(discrete=True, actor_grad="reinforce")
-    states, action, _ = recorded(x, monkeypatch, True, T - 1)
-    returns = action.detach()[:-1, :, 0]  # action 0 is worth 1 more than action 1
-    monkeypatch.setattr(dreamerv1, "lambda_return", lambda *a: returns)
-    x.critic.out.weight.data.zero_()
-    x.critic.out.bias.data.fill_(0.5)
-    feat, wanted = x.world_model.rssm.feat(states), torch.eye(A)[0]
-    before = x.actor(feat).log_prob(wanted).mean()
-    behave(x, make_batch(discrete=True))[1][0].backward()
-    for p in x.actor.parameters():
-        p.data -= 0.1 * p.grad
-    assert x.actor(feat).log_prob(wanted).mean() > before
 
 
 # update
@@ -813,37 +726,12 @@ def test_each_optimizer_clips_the_norm_of_its_own_gradient():
         close(nn.utils.get_total_norm(grads), torch.tensor(100.0), rtol=1e-3)
 
 
-def test_the_same_seed_gives_the_same_update():
-    assert one_update() == one_update()
-
-
-OPTIONS = [
-    ({"act": "silu", "cnn_act": "silu", "norm": "layer"}, "losses/model"),
-    ({"reward_transform": "none"}, "losses/reward"),
-    ({"discount_head": False}, "imag/discount"),
-    ({"discount_scale": 5.0}, "losses/model"),
-    ({"free_nats": 5.0}, "losses/kl"),
-    ({"kl_scale": 1.0}, "losses/model"),
-    ({"gamma": 0.9}, "losses/discount"),
-    ({"discount_lambda": 0.5}, "imag/return"),
-    ({"imag_horizon": 2}, "losses/critic"),
-    ({"actor_grad": "reinforce"}, "losses/actor"),
-    ({"actor_entropy": 0.5}, "losses/actor"),
-]
-
-
-@pytest.mark.parametrize(("options", "key"), OPTIONS, ids=lambda x: str(x))
-def test_an_option_changes_its_loss_which_stays_finite(options, key):
-    assert one_update(**options)[key] != one_update()[key]
-
-
 @pytest.mark.usefixtures("no_noise")
 @pytest.mark.parametrize("discrete", [True, False])
 def test_bfloat16_losses_are_close_to_float32_on_the_cpu(discrete):
     full = one_update(discrete, norm="layer", kl_scale=1.0)
     half = one_update(discrete, norm="layer", kl_scale=1.0, precision="bfloat16")
     assert half != full
-    assert one_update(discrete, norm="layer", kl_scale=1.0, precision="float32") == full
     for key in ("losses/model", "losses/vector", "losses/reward", "losses/discount"):
         assert math.isclose(half[key], full[key], rel_tol=0.03), key
     for key in ("losses/kl", "losses/actor", "losses/critic", "imag/return"):
@@ -855,6 +743,9 @@ def test_states_statistics_and_losses_are_float32_under_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         loss, post, metrics = x.world_model.loss(batch)
         normal = x.actor(x.world_model.rssm.feat(post)).base_dist.base_dist
+        rssm = x.world_model.rssm
+        rssm.gru.forward = lambda x, deter: deter.bfloat16()  # as autocast has it on a GPU
+        assert rssm.gru_step(random_state(B), torch.randn(B, A)).dtype == torch.float32
     for value in (loss, *post.values(), *metrics.values(), normal.mean, normal.stddev):
         assert value.dtype == torch.float32
 
@@ -867,34 +758,30 @@ COUNT = 20_000
 @pytest.mark.parametrize("scale", [0.3, 0.1])
 def test_continuous_exploration_adds_gaussian_noise_and_clips(scale):
     args, rng = make(expl_noise=scale).args, np.random.default_rng(0)
-    center = np.tile(np.float32([0.1, 0.95]), (COUNT, 1))
+    center = np.float32([[0.1, 0.95]]).repeat(COUNT, 0)
     action = dreamerv1.explore(center, 0, args, rng)
     assert action.dtype == np.float32
-    assert action.shape == (COUNT, A)
+    assert action.shape == center.shape
     noise = (action - center) / scale
     assert action.max() == 1
     assert action.min() >= -1
     assert dreamerv1.explore(-center, 0, args, rng).min() == -1
     assert abs((action[:, 1] == 1).mean() - scipy.stats.norm.sf(0.05 / scale)) < 0.02
     inside = noise[np.abs(noise[:, 0]) < 0.9 / scale, 0]
-    assert (
-        scipy.stats.kstest(inside, scipy.stats.truncnorm(-0.9 / scale, 0.9 / scale).cdf).pvalue
-        > 1e-3
-    )
+    truncated = scipy.stats.truncnorm(-0.9 / scale, 0.9 / scale)
+    assert scipy.stats.kstest(inside, truncated.cdf).pvalue > 1e-3
     below = (action < center).mean(0)
     assert np.abs(below - 0.5).max() < 0.02
     both = ((action < center).all(1)).mean()  # each action has noise of its own
     assert abs(both - 0.25) < 0.02
-    assert (center == np.float32([0.1, 0.95])).all()
 
 
-@pytest.mark.parametrize(
-    ("updates", "epsilon"), [(0, 0.4), (50, 0.325), (100, 0.25), (200, 0.1), (1000, 0.1)]
-)
-def test_discrete_exploration_decays_linearly_from_two_fifths_to_a_tenth_and_stays(
-    updates, epsilon
-):
-    args, rng = make(discrete=True, expl_decay=200).args, np.random.default_rng(0)
+@pytest.mark.parametrize(("first", "last"), [(0.4, 0.1), (1.0, 0.0)])
+@pytest.mark.parametrize("updates", [0, 50, 100, 200, 1000])
+def test_random_actions_decay_linearly_and_then_stay_among_one_hot_ones(updates, first, last):
+    options = {"expl_epsilon": first, "expl_min": last, "expl_decay": 200}
+    args, rng = make(discrete=True, **options).args, np.random.default_rng(0)
+    epsilon = first + (last - first) * min(updates / 200, 1)
     greedy = np.eye(3, dtype=np.float32)[np.arange(COUNT) % 2]  # never action 2
     action = dreamerv1.explore(greedy, updates, args, rng)
     assert action.dtype == np.float32
@@ -907,16 +794,6 @@ def test_discrete_exploration_decays_linearly_from_two_fifths_to_a_tenth_and_sta
         expected = np.full(3, epsilon / 3)
         expected[taken] += 1 - epsilon
         assert np.abs(share - expected).max() < 0.025
-    assert (greedy.sum(-1) == 1).all()
-
-
-def test_the_share_of_random_actions_follows_the_args():
-    options = {"expl_epsilon": 1.0, "expl_min": 0.0, "expl_decay": 10}
-    args, rng = make(discrete=True, **options).args, np.random.default_rng(0)
-    greedy = np.eye(3, dtype=np.float32)[np.zeros(COUNT, int)]
-    same = [(dreamerv1.explore(greedy, u, args, rng) == greedy).all(1).mean() for u in (0, 5, 10)]
-    assert np.abs(np.array(same) - [1 / 3, 2 / 3, 1]).max() < 0.025
-    assert same[2] == 1
 
 
 # policy
@@ -924,23 +801,6 @@ def test_the_share_of_random_actions_follows_the_args():
 
 def rows(batch, t):
     return {k: v[t].numpy() for k, v in batch.items()}
-
-
-@pytest.mark.parametrize("sample", [True, False])
-@pytest.mark.parametrize("discrete", [True, False])
-def test_actions_are_one_hot_or_between_minus_one_and_one(discrete, sample):
-    x, batch = make(SHAPES, discrete=discrete), make_batch(SHAPES, discrete=discrete)
-    x.actor.out.weight.data *= 100
-    action, state = dreamerv1.policy(x.agent, rows(batch, 0), None, sample)
-    assert isinstance(action, np.ndarray)
-    assert action.shape == (B, A)
-    assert action.dtype == np.float32
-    assert np.abs(action).max() <= 1
-    if discrete:
-        assert sorted(np.unique(action)) == [0, 1]
-        assert (action.sum(-1) == 1).all()
-    assert state["deter"].shape == (B, D)
-    assert not any(v.requires_grad for v in state.values())
 
 
 @pytest.mark.parametrize("sample", [True, False])
@@ -952,6 +812,9 @@ def test_actions_are_sampled_or_the_mode_and_the_latent_is_sampled_in_both(sampl
         action, state = dreamerv1.policy(x.agent, rows(batch, 0), None, sample)
         assert (action == np.float32(0.2 if sample else 0.7)).all()
         stochs.add(tuple(state["stoch"].flatten().tolist()))
+        assert isinstance(action, np.ndarray)
+        assert action.dtype == np.float32
+        assert not any(v.requires_grad for v in state.values())
     assert len(stochs) == 5
     assert (dreamerv1.policy(x.agent, rows(batch, 0), None)[0] == np.float32(0.2)).all()
 
@@ -959,13 +822,13 @@ def test_actions_are_sampled_or_the_mode_and_the_latent_is_sampled_in_both(sampl
 @pytest.mark.usefixtures("no_noise")
 def test_acting_row_by_row_gives_the_states_of_learning_and_is_first_resets_them():
     x, batch, state = make(SHAPES), make_batch(SHAPES), None
-    post, _ = observe(x, batch)  # sequence 1 has a reset at row 3
+    post, _ = observe(x, batch)  # sequence 1 has a reset at row 5
     for t in range(T):
         action, state = dreamerv1.policy(x.agent, rows(batch, t), state)
         for key in ("deter", "stoch", "mean", "std"):
             close(state[key], post[key][t].detach(), atol=1e-5)
         dist = x.actor(x.world_model.rssm.feat(state)).base_dist.base_dist
         close(torch.tensor(action), torch.tanh(dist.mean).detach(), atol=1e-5)
-    fresh = {k: v[1:2] for k, v in rows(batch, 3).items()}
+    fresh = {k: v[1:2] for k, v in rows(batch, 5).items()}
     _, reset = dreamerv1.policy(x.agent, fresh, None)
-    close(reset["deter"], post["deter"][3, 1:2].detach(), atol=1e-5)
+    close(reset["deter"], post["deter"][5, 1:2].detach(), atol=1e-5)

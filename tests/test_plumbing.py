@@ -451,8 +451,9 @@ def test_tile_puts_the_videos_of_a_batch_side_by_side():
     assert common.tile(torch.rand(4, 2, 3, 5, 7)).shape == (4, 5, 14, 3)
 
 
-def test_a_python_that_is_too_old_is_told_so():
-    code = "import sys; sys.version_info = (3, 10, 4); import dreamerv2"
+@pytest.mark.parametrize("script", ["dreamerv1", "dreamerv2"])
+def test_a_python_that_is_too_old_is_told_so(script):
+    code = f"import sys; sys.version_info = (3, 10, 4); import {script}"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

@@ -27,10 +27,11 @@ from PIL import Image
 import common
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["dreamerv2.py"]
-SIZES = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
+SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
+TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
     --pretrain 2 --train-every 20 --prefill 200 --eval-episodes 2 --threads 1"""
-SMALL = f"--total-frames 300 {SIZES}"
+SIZES = {"dreamerv1.py": f"{TINY} --train-steps 1", "dreamerv2.py": TINY}
+SMALL = {script: f"--total-frames 300 {SIZES[script]}" for script in SCRIPTS}
 CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}
 
 ENVS = """
@@ -143,7 +144,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def small(script, tmp_path_factory):
     """A run that the tests below look at; those that change it take a copy."""
-    return play(script, f"--env-id CartPole-v1 {SMALL}", tmp_path_factory.mktemp("small"))
+    return play(script, f"--env-id CartPole-v1 {SMALL[script]}", tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def mine(script, tmp_path_factory):
     root = tmp_path_factory.mktemp("mine")
     shutil.copy(ROOT / "common.py", root)
     shutil.copy(ROOT / script, root / "mine.py")
-    return play("mine.py", f"--env-id CartPole-v1 {SMALL}", root, root)
+    return play("mine.py", f"--env-id CartPole-v1 {SMALL[script]}", root, root)
 
 
 # A run
@@ -210,11 +211,77 @@ def test_the_same_seed_gives_the_same_metrics(small, mine):
 
 def test_another_seed_gives_other_metrics(script, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    other = play_here(script, f"--env-id CartPole-v1 {SMALL} --seed 2")
+    other = play_here(script, f"--env-id CartPole-v1 {SMALL[script]} --seed 2")
     for tag in ("charts/episodic_return", "losses/model"):
         ours, theirs = ([row[tag] for row in rows if tag in row] for rows in (small.rows, other))
         assert ours
         assert ours != theirs, tag
+
+
+SCHEDULES = {  # flags, random actions, updates after an agent step (of 2 frames)
+    "dreamerv1.py": (  # in env frames
+        "--prefill 81 --train-every 30 --train-steps 3 --pretrain 4",
+        41,
+        lambda step: 4 + 3 * ((2 * step - 81) // 30),
+    ),
+    "dreamerv2.py": (  # in agent steps
+        "--prefill 61 --train-every 15 --pretrain 4",
+        61,
+        lambda step: 5 + (step - 61) // 15,
+    ),
+}
+
+
+def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
+    script, tmp_path, monkeypatch
+):
+    flags, prefill, updates = SCHEDULES[script]
+    played, random_actions = [], common.random_actions
+    monkeypatch.setattr(
+        common, "random_actions", lambda *args: played.append(1) or random_actions(*args)
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = f"--env-id Pendulum-v1 {SMALL[script]} --action-repeat 2 --total-frames 190 {flags}"
+    rows = play_here(script, f"{flags} --log-every 1")
+    assert len(played) == prefill
+    learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
+    assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_dreamerv1_adds_noise_to_actions_in_training_and_nothing_does_in_evaluation(
+    script, tmp_path, monkeypatch, env_id
+):
+    module = importlib.import_module(Path(script).stem)
+    policy, step_rows = module.policy, common.step_rows
+    chosen, taken = {3: [], 1: []}, {3: [], 1: []}  # by the number of environments
+
+    def spy_policy(*args, **kwargs):
+        action, state = policy(*args, **kwargs)
+        chosen[len(action)].append(action)
+        return action, state
+
+    def spy_step_rows(envs, action, done):
+        taken[len(action)].append(action)
+        return step_rows(envs, action, done)
+
+    monkeypatch.setattr(module, "policy", spy_policy)
+    monkeypatch.setattr(common, "step_rows", spy_step_rows)
+    monkeypatch.chdir(tmp_path)
+    noise = "--expl-noise 0.3 --expl-epsilon 0.6 --expl-min 0.6" if "v1" in script else ""
+    flags = f"{SMALL[script]} --num-envs 3 --eval-episodes 1 --total-frames 600 {noise}"
+    play_here(script, f"--env-id {env_id} {flags}")
+    assert np.array_equal(chosen[1], taken[1])
+    ours, theirs = np.array(chosen[3]), np.array(taken[3][-len(chosen[3]) :])
+    assert len(ours) > 100
+    if "v2" in script:
+        assert np.array_equal(ours, theirs)
+    elif env_id == "CartPole-v1":
+        assert 0.2 < (ours != theirs).any(-1).mean() < 0.4  # half of the random ones are others
+    else:
+        inside = abs(theirs) < 1
+        assert abs(theirs).max() == 1
+        assert 0.2 < (theirs - ours)[inside].std() < 0.35
 
 
 SETTINGS = [
@@ -223,26 +290,38 @@ SETTINGS = [
     "--env-id dm_control/cartpole-swingup-v0 --observation vector --total-frames 600",
 ]
 SLOW_SETTINGS = [
-    "--env-id CartPole-v1 --num-envs 3 --async-envs",
     "--env-id Pendulum-v1 --pixels --grayscale --num-envs 2",
-    "--env-id Pendulum-v1 --actor-dist tanh_normal",
     "--env-id CartPole-v1 --precision bfloat16",
     "--env-id CartPole-v1 --observation both",
-    "--env-id CartPole-v1 --torch-deterministic --action-repeat 2 --total-frames 600",
     "--env-id dm_control/cartpole-swingup-v0 --total-frames 600",
-    "--env-id dmc/cartpole-swingup --observation both --total-frames 600",
     "--env-id PongNoFrameskip-v4 --total-frames 1200 --time-limit 400",
-    "--env-id ALE/Pong-v5 --total-frames 1200 --time-limit 400 --no-grayscale --num-envs 2",
 ]
+SLOW_SETTINGS_OF_ITS_OWN = {
+    "dreamerv1.py": [
+        "--env-id Pendulum-v1 --actor-grad reinforce --actor-entropy 1e-3 --torch-deterministic",
+    ],
+    "dreamerv2.py": [
+        "--env-id Pendulum-v1 --actor-dist tanh_normal",
+        "--env-id CartPole-v1 --torch-deterministic --action-repeat 2 --total-frames 600",
+        "--env-id dmc/cartpole-swingup --observation both --total-frames 600",
+        "--env-id ALE/Pong-v5 --total-frames 1200 --time-limit 400 --no-grayscale --num-envs 2",
+    ],
+}
 
 
-@pytest.mark.parametrize(
-    "flags", [*SETTINGS, *(pytest.param(flags, marks=pytest.mark.slow) for flags in SLOW_SETTINGS)]
-)
+def settings():
+    """(script, flags) for pytest: all settings with both scripts, and each script's own."""
+    for script in SCRIPTS:
+        yield from ((script, flags) for flags in SETTINGS)
+        for flags in SLOW_SETTINGS + SLOW_SETTINGS_OF_ITS_OWN[script]:
+            yield pytest.param(script, flags, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("script", "flags"), settings())
 def test_a_run_learns_on_every_kind_of_environment(script, tmp_path, flags):
-    run = play(script, f"{SMALL} {flags}", tmp_path)
+    run = play(script, f"{SMALL[script]} {flags}", tmp_path)
     assert_learnt(run.rows)
-    total = int(re.findall(r"--total-frames (\d+)", f"{SMALL} {flags}")[-1])
+    total = int(re.findall(r"--total-frames (\d+)", f"{SMALL[script]} {flags}")[-1])
     assert total <= run.rows[-1]["frames"] < total + 20
     num_envs = int((re.findall(r"--num-envs (\d+)", flags) or [1])[0])
     assert np.load(run.folder / "replay" / "reward.npy").shape[1] == num_envs
@@ -253,7 +332,7 @@ def test_several_processes_give_the_metrics_of_one(script, tmp_path):
     runs = []
     for name, flag in (("one", ""), ("several", "--async-envs")):
         (tmp_path / name).mkdir()
-        flags = f"--env-id CartPole-v1 --num-envs 3 {SMALL} {flag}"
+        flags = f"--env-id CartPole-v1 --num-envs 3 {SMALL[script]} {flag}"
         runs.append(without_clock(play(script, flags, tmp_path / name).rows))
     assert runs[0] == runs[1]
 
@@ -261,10 +340,8 @@ def test_several_processes_give_the_metrics_of_one(script, tmp_path):
 # Videos
 @pytest.mark.slow
 def test_capture_video_films_an_episode_of_each_evaluation(script, tmp_path):
-    flags = (
-        f"--env-id CartPole-v1 {SMALL} --pixels --capture-video --eval-every 250 --video-every 250"
-    )
-    run = play(script, flags, tmp_path)
+    flags = f"--env-id CartPole-v1 {SMALL[script]} --pixels --eval-every 250 --video-every 250"
+    run = play(script, f"{flags} --capture-video", tmp_path)
     evaluations = [row for row in run.rows if "eval/episodic_return" in row]
     films = sorted((run.folder / "videos").glob("*episode*.gif"))
     assert len(films) == len(evaluations) == 2
@@ -319,7 +396,7 @@ def test_resume_restores_the_replay(small, resumed):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(script, tmp_path):
-    flags = f"--env-id CartPole-v1 {SIZES} --total-frames 100000 --checkpoint-every 250"
+    flags = f"--env-id CartPole-v1 {SIZES[script]} --total-frames 100000 --checkpoint-every 250"
     process = start(script, flags, tmp_path)
     folder = wait_for(tmp_path, lambda folder: (folder / "checkpoint.pt").exists())
     rows_before = len(metrics(folder))
@@ -353,7 +430,7 @@ def wait_for(cwd, ready, timeout=60):
 def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     script, tmp_path, number, code
 ):
-    flags = f"--env-id CartPole-v1 {SIZES} --total-frames 100000 --log-every 50"
+    flags = f"--env-id CartPole-v1 {SIZES[script]} --total-frames 100000 --log-every 50"
     process = start(script, flags, tmp_path)
     folder = wait_for(
         tmp_path, lambda folder: '"updates": 5' in (folder / "metrics.jsonl").read_text()
@@ -370,7 +447,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_path):
-    flags = f"--env-id CartPole-v1 {SIZES} --num-envs 2 --async-envs --total-frames 100000"
+    flags = f"--env-id CartPole-v1 {SIZES[script]} --num-envs 2 --async-envs --total-frames 100000"
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *flags.split(), "--log-every", "50"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -390,10 +467,27 @@ def test_a_signal_in_an_evaluation_ends_a_run_with_a_checkpoint(script, tmp_path
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "evaluate", interrupted)
-    flags = f"--env-id CartPole-v1 {SIZES} --total-frames 1000 --eval-every 250"
+    flags = f"--env-id CartPole-v1 {SIZES[script]} --total-frames 1000 --eval-every 250"
     play_here(script, flags, code=143)
     [folder] = (tmp_path / "runs").iterdir()
     assert counters(folder)[0] in (250, 251)
+
+
+def test_a_training_that_a_signal_broke_off_is_made_up_for(script, tmp_path, monkeypatch):
+    module = importlib.import_module(Path(script).stem)
+    update, calls = module.update, []
+
+    def interrupted(*args):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 2 else None)
+        return update(*args)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "update", interrupted)
+    play_here(script, f"--env-id CartPole-v1 {SMALL[script]} --pretrain 9", code=143)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert counters(folder) == (200, 3)
+    play_here(script, f"--resume {folder} --total-frames 201")
+    assert counters(folder) == (201, {"dreamerv1.py": 9, "dreamerv2.py": 10}[script])
 
 
 # Evaluation
@@ -411,7 +505,9 @@ def test_evaluate_prints_the_mean_and_leaves_the_run_as_it_is(script, small, cop
 # What a run refuses
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(script, tmp_path):
     (tmp_path / "odd_envs.py").write_text(ENVS)
-    flags = f"--env-id odd_envs:Infinite-v0 {SIZES} --total-frames 1000 --checkpoint-every 240"
+    flags = (
+        f"--env-id odd_envs:Infinite-v0 {SIZES[script]} --total-frames 1000 --checkpoint-every 240"
+    )
     done = finish(start(script, flags, tmp_path), code=1)
     [folder] = (tmp_path / "runs").iterdir()
     assert counters(folder)[0] == 240
@@ -431,7 +527,7 @@ def refuse(script, flags, capsys):
     return capsys.readouterr().err
 
 
-BAD = {
+BAD_IN_COMMON = {  # what common.py refuses, run by one script
     "--env-id CartPol-v1": "CartPol-v1.*Did you mean: `CartPole`",
     "--env-id Nothing/Like-this-v0": "no Nothing/Like-this-v0",
     "--env-id no_module:Thing-v0": "no_module",
@@ -439,6 +535,12 @@ BAD = {
     "--env-id odd_envs:MultiDiscrete-v0": "MultiDiscrete.*only Discrete and Box",
     "--env-id odd_envs:Tuple-v0": "Tuple.*only Box",
     "--env-id PongNoFrameskip-v4 --observation vector": "vector",
+    "--env-id CartPole-v1 --track": "--track.*pip install wandb",
+    "--resume nowhere": "nowhere is no run folder",
+    "--evaluate nowhere": "nowhere is no run folder",
+    "--resume empty": "empty is no run folder",
+}
+BAD = {
     "--env-id CartPole-v1 --batch-length 201": "batch-length 201.*prefill",
     "--env-id CartPole-v1 --num-envs 40": "batch-length 7.*prefill",
     "--env-id CartPole-v1 --batch-length 50 --replay-size 40": "batch-length 50.*replay-size",
@@ -450,6 +552,7 @@ BAD = {
     "--env-id CartPole-v1 --train-every 0": "--train-every is 0",
     "--env-id CartPole-v1 --total-frames -1": "--total-frames is -1",
     "--env-id CartPole-v1 --imag-horizon 0": "--imag-horizon is 0",
+    "--env-id CartPole-v1 --imag-horizon 1": "--imag-horizon is 1",
     "--env-id CartPole-v1 --prefill -1": "--prefill is -1",
     "--env-id CartPole-v1 --model-lr 0": "--model-lr is 0",
     "--env-id CartPole-v1 --model-lr nan": "--model-lr is nan",
@@ -458,41 +561,58 @@ BAD = {
         "GiB.*replay-size",
     "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for discrete",
     "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous",
-    "--env-id CartPole-v1 --track": "--track.*pip install wandb",
-    "--resume nowhere": "nowhere is no run folder",
-    "--evaluate nowhere": "nowhere is no run folder",
-    "--resume empty": "empty is no run folder",
     "--resume foreign": "foreign is a run of another script",
+    "--evaluate foreign": "foreign is a run of another script",
     "--resume begun": "no checkpoint can be read in begun",
     "--evaluate begun": "no checkpoint can be read in begun",
     "--resume begun --deter 32": "--deter cannot change",
 }  # fmt: skip
+BAD_OF_ITS_OWN = {
+    "dreamerv1.py": {
+        # Frames: 200 of them are 50 rows.
+        "--env-id CartPole-v1 --action-repeat 4 --batch-length 51": "batch-length 51.*prefill",
+        "--env-id CartPole-v1 --train-steps 0": "--train-steps is 0",
+        "--env-id CartPole-v1 --reward-layers 0": "--reward-layers is 0",
+        "--env-id CartPole-v1 --expl-decay 0": "--expl-decay is 0",
+        "--env-id Pendulum-v1 --expl-noise -0.3": "--expl-noise is -0.3",
+    },
+    "dreamerv2.py": {"--env-id CartPole-v1 --slow-update 0": "--slow-update is 0"} | BAD_IN_COMMON,
+}
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_refused_in_one_line(script, tmp_path, monkeypatch, capsys, flags):
+@pytest.mark.parametrize(
+    ("script", "flags"), [(s, flags) for s in SCRIPTS for flags in BAD | BAD_OF_ITS_OWN[s]]
+)
+def test_bad_input_is_refused_in_one_line(script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     (tmp_path / "odd_envs.py").write_text(ENVS)
-    args = importlib.import_module(Path(script).stem).Args()
-    args = dataclasses.asdict(dataclasses.replace(args, env_id="CartPole-v1"))
-    for name, content in (("foreign", {"env_id": "CartPole-v1"}), ("begun", args), ("empty", None)):
+    for name in ("foreign", "begun", "empty"):
         (tmp_path / name).mkdir()
-        if content:
-            (tmp_path / name / "args.yaml").write_text(yaml.safe_dump(content))
+    for other in SCRIPTS:
+        args = dataclasses.asdict(importlib.import_module(Path(other).stem).Args())
+        path = tmp_path / ("begun" if other == script else "foreign") / "args.yaml"
+        path.write_text(yaml.safe_dump(args | {"env_id": "CartPole-v1"}))
     before = contents(tmp_path)
-    message = refuse(script, flags if "begun" in flags else f"{SMALL} {flags}", capsys)
-    assert re.fullmatch(f"error: [^\n]*{BAD[flags]}[^\n]*\n", message), message
+    message = refuse(script, flags if "begun" in flags else f"{SMALL[script]} {flags}", capsys)
+    said = (BAD | BAD_OF_ITS_OWN[script])[flags]
+    assert re.fullmatch(f"error: [^\n]*{said}[^\n]*\n", message), message
     assert set(contents(tmp_path)) - set(before) <= set((tmp_path / "__pycache__").glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("script", "flags", "words"),
     [
-        ("--frobnicate 3", ["--frobnicate"]),
-        ("--act gelu", ["--act", "gelu", "elu", "silu"]),
-        ("--deter many", ["--deter", "many"]),
+        ("dreamerv1.py", "--kl-balance 0.8", ["--kl-balance"]),
+        ("dreamerv1.py", "--classes 32", ["--classes"]),
+        ("dreamerv1.py", "--slow-update 100", ["--slow-update"]),
+        ("dreamerv1.py", "--actor-grad both", ["--actor-grad", "both", "dynamics", "reinforce"]),
+        ("dreamerv1.py", "--actor-dist trunc_normal", ["--actor-dist", "trunc_normal"]),
+        ("dreamerv2.py", "--train-steps 2", ["--train-steps"]),
+        ("dreamerv2.py", "--expl-noise 0.3", ["--expl-noise"]),
+        ("dreamerv2.py", "--act gelu", ["--act", "gelu", "elu", "silu"]),
+        ("dreamerv2.py", "--deter many", ["--deter", "many"]),
     ],
 )
 def test_a_flag_that_cannot_be_read_is_named(script, tmp_path, monkeypatch, capsys, flags, words):
@@ -509,7 +629,7 @@ def test_the_script_itself_exits_with_code_2_and_one_line(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Help
+# Help and presets
 IDS = ["CartPole-v1", "PongNoFrameskip-v4", "dm_control/walker-walk-v0"]
 
 
@@ -539,13 +659,48 @@ def test_help_shows_the_values_in_force_for_the_id(script, monkeypatch, capsys, 
     assert len(totals) == 3
 
 
-# The paper's sizes
+@pytest.mark.parametrize(
+    ("flags", "frames"),
+    [
+        ("PongNoFrameskip-v4", 4),
+        ("dm_control/walker-walk-v0", 2),
+        ("dm_control/walker-walk-v0 --observation vector", 2),
+        ("CartPole-v1", 1),
+    ],
+)
+def test_the_id_chooses_the_frames_of_an_agent_step(script, flags, frames):
+    module = importlib.import_module(Path(script).stem)
+    args = common.parse_args(module.Args, module.PRESETS, f"--env-id {flags}".split())
+    assert args.action_repeat == frames
+
+
+# The paper's sizes, less the batch of DreamerV1's
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("env_id", "flags", "updates"),
+    ("script", "env_id", "flags", "updates"),
     [
-        ("PongNoFrameskip-v4", "--prefill 500 --total-frames 2256 --log-every 64", 5),
         (
+            "dreamerv1.py",
+            "PongNoFrameskip-v4",
+            "--prefill 2000 --pretrain 1 --train-every 64 --train-steps 1 --total-frames 2256 "
+            "--log-every 64 --batch-size 10",
+            5,
+        ),
+        (
+            "dreamerv1.py",
+            "dm_control/walker-walk-v0",
+            "--prefill 400 --pretrain 1 --train-every 4 --train-steps 1 --total-frames 412 "
+            "--log-every 2 --batch-size 10",
+            4,
+        ),
+        (
+            "dreamerv2.py",
+            "PongNoFrameskip-v4",
+            "--prefill 500 --total-frames 2256 --log-every 64",
+            5,
+        ),
+        (
+            "dreamerv2.py",
             "dm_control/walker-walk-v0",
             "--prefill 200 --pretrain 1 --total-frames 412 --log-every 2",
             3,
