@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-# At this point three seeds of V1 had 251 to 491 and -187 to -136, of V2 322 to 500 and -155 to -137;
-# random play has about 22 and -1200.
+# Here three seeds of V1 had 251 to 491 and -187 to -136, of V2 322 to 500 and -155 to -137; random
+# play has about 22 and -1200.
 @pytest.mark.slow
 @pytest.mark.parametrize(("env_id", "least"), [("CartPole-v1", 100), ("Pendulum-v1", -700)])
 @pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
