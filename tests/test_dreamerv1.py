@@ -17,6 +17,7 @@ import dreamerv1
 T, B, N, A, C, V = 8, 4, 32, 3, 1, 12
 D, S, HIDDEN, UNITS, DEPTH, HORIZON = 9, 5, 13, 11, 2, 6
 FEAT = S + D
+COUNT = 20_000  # samples of a frequency, which then errs by less than 0.02
 SHAPES = {"image": (C, 64, 64), "vector": (V,)}
 SIZES = {
     "deter": D, "hidden": HIDDEN, "stoch": S, "units": UNITS, "cnn_depth": DEPTH, "layers": 2,
@@ -507,13 +508,13 @@ def test_actions_stay_inside_the_bounds_with_finite_gradients_for_extreme_output
 
 
 def test_one_hot_actor_samples_by_its_softmax_and_has_its_straight_through_gradient():
-    actor, feat, weight = make(discrete=True).actor, torch.randn(FEAT), torch.randn(9000, A)
+    actor, feat, weight = make(discrete=True).actor, torch.randn(FEAT), torch.randn(COUNT, A)
     logit = 2 * actor.out(actor.mlp(feat))
     actor.out.weight.data *= 2
-    sample = actor(feat.expand(9000, FEAT)).rsample()
+    sample = actor(feat.expand(COUNT, FEAT)).rsample()
     assert ((sample == 0) | (sample == 1)).all()
     assert (sample.sum(-1) == 1).all()
-    close(sample.mean(0).detach(), logit.softmax(-1).detach(), rtol=0, atol=0.03)
+    close(sample.mean(0).detach(), logit.softmax(-1).detach(), rtol=0, atol=0.02)
     prob = actor.out(actor.mlp(feat)).softmax(-1)
     (grad,) = close_gradients(
         (sample * weight).sum(), (prob * weight).sum(), [actor.out.bias], 1e-3
@@ -751,8 +752,6 @@ def test_states_statistics_and_losses_are_float32_under_bfloat16():
 
 
 # explore
-
-COUNT = 20_000
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.1])
