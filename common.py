@@ -6,13 +6,19 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python {sys.version.split()[0]} is too old, use 3.11 or 3.12")
 
 import contextlib
+import errno
+import fcntl
 import importlib.util
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import time
+import typing
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +26,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+import typeguard
 import tyro
 import yaml
 from PIL import Image
@@ -43,14 +50,22 @@ class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite."""
 
 
+class EnvError(UserError):
+    """An environment failed."""
+
+
 @contextlib.contextmanager
 def exit_on_error():
     """Prints a `UserError` in one line, without a traceback, and exits with code 2 (NaN: 1)."""
     try:
         yield
-    except UserError as error:
-        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+    except (UserError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or isinstance(error, UserError)):
+            raise
+        text = f"{error}; the last checkpoint can be resumed" if full else str(error)
+        tqdm.write("error: " + " ".join(text.split()), file=sys.stderr)
+        sys.exit(1 if full or isinstance(error, NonFiniteError) else 2)
 
 
 def parse_args(cls, presets, argv=None):
@@ -167,22 +182,33 @@ class Standard(gym.Wrapper):
         else:
             raise UserError(f"actions {self.actions} are not supported, only Discrete and Box")
 
+    @contextlib.contextmanager
+    def named(self):
+        """Turns any exception of the environment into an EnvError that says which one failed."""
+        try:
+            yield
+        except Exception as error:
+            seed, index, begun = self.key
+            who = f"environment {index} of {self.spec.id} (seed {seed}, episode {begun - 1})"
+            raise EnvError(f"{who} failed: {type(error).__name__}: {error}") from None
+
     def reset(self, *, seed=None, options=None):
-        seed = int(np.random.SeedSequence(self.key).generate_state(1)[0]) >> 1
-        self.key[2] += 1
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self.observe(obs), info
+        with self.named():
+            seed = int(np.random.SeedSequence(self.key).generate_state(1)[0]) >> 1
+            self.key[2] += 1
+            obs, info = self.env.reset(seed=seed, options=options)
+            return self.observe(obs), info
 
     def step(self, action):
         action = self.low + (action + 1) / 2 * (self.high - self.low)
-        action = gym.spaces.unflatten(self.actions, action)
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += reward
-            if terminated or truncated:
-                break
-        return self.observe(obs), total, terminated, truncated, info
+        action, total = gym.spaces.unflatten(self.actions, action), 0.0
+        with self.named():
+            for _ in range(self.repeat):
+                obs, reward, terminated, truncated, info = self.env.step(action)
+                total += reward
+                if terminated or truncated:
+                    break
+            return self.observe(obs), total, terminated, truncated, info
 
     def observe(self, obs):
         parts, out = obs if isinstance(obs, dict) else {None: obs}, {}
@@ -231,8 +257,15 @@ def reset_rows(envs):
 
 
 def step_rows(envs, action, done):
-    """Steps all environments -> rows: dict of (N, ...), done (N,), info."""
-    obs, reward, terminated, truncated, info = envs.step(action)
+    """Steps all environments, or begins with them if all are done -> rows, done (N,), info."""
+    if done.all():
+        return reset_rows(envs), np.zeros_like(done), {}
+    try:
+        obs, reward, terminated, truncated, info = envs.step(action)
+    except (EOFError, ConnectionError):  # a process died; one that only failed raises EnvError
+        time.sleep(0.5)  # until its exit code is known
+        dead = [i for i, process in enumerate(envs.processes) if process.exitcode is not None]
+        raise EnvError(f"environment {dead} of {envs.spec.id}: its process died") from None
     action = action * ~done[:, None]  # the row after a done row is a reset, which ignores it
     row = {"action": action, "reward": reward, "is_first": done, "is_terminal": terminated}
     return obs | {k: v.astype(np.float32) for k, v in row.items()}, terminated | truncated, info
@@ -262,24 +295,33 @@ class Replay:
     """
 
     def __init__(self, folder, capacity, shapes, num_envs, seed):
-        self.folder, self.num_envs = Path(folder), num_envs
+        self.folder, self.num_envs, self.capacity = Path(folder), num_envs, capacity
         self.folder.mkdir(exist_ok=True)
-        self.data = {k: self.map(k, (capacity, num_envs, *s), t) for k, (s, t) in shapes.items()}
-        self.capacity = len(self.data["action"])  # a resumed run has the size that it began with
+        self.lock = open(self.folder / "lock", "w")  # noqa: SIM115  until the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process trains in {self.folder.parent}") from None
+        fresh = not (self.folder / "written.npy").exists()
+        self.data = {
+            k: self.map(k, (capacity, num_envs, *s), t, fresh) for k, (s, t) in shapes.items()
+        }
         # Rows ever written: it tells which old ones a full ring has lost since the checkpoint.
-        self.written = self.map("written", (1, 1), np.int64)
+        self.written = self.map("written", (1, 1), np.int64, fresh)
         self.rng = np.random.default_rng(seed)
         self.start = self.end = 0  # rows start..end - 1 can be drawn
 
-    def map(self, name, shape, dtype):
+    def map(self, name, shape, dtype, fresh):
         path = self.folder / f"{name}.npy"
-        if not path.exists():
+        if fresh:
             np.lib.format.open_memmap(path, "w+", dtype, shape)
             with open(path, "r+b") as file:  # a sparse map would die of SIGBUS on a full disk
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        data = np.load(path, mmap_mode="r+")
-        if (data.shape[1:], data.dtype) != (shape[1:], dtype):
-            raise UserError(f"{path} is {data.shape} {data.dtype}, not {shape} {np.dtype(dtype)}")
+        try:
+            data = np.load(path, mmap_mode="r+")
+            assert (data.shape[1:], data.dtype) == (shape[1:], dtype)
+        except (OSError, ValueError, EOFError, AssertionError) as error:
+            raise UserError(f"{path} is no replay of {shape} {dtype}: {error!r}") from None
         return data
 
     def state_dict(self):
@@ -293,7 +335,17 @@ class Replay:
         self.end, self.rng.bit_generator.state = state["end"], state["rng"]
         if (written := self.written.item()) < self.end:
             raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
-        self.start = min(self.end, max(state["start"], written - self.capacity))
+        size = min(len(data) for data in self.data.values())
+        self.start = min(self.end, max(state["start"], written - size))
+        for name, old in self.data.items():  # a longer run has more rows
+            if len(old) < self.capacity:
+                new = self.map(f"{name}.new", (self.capacity, *old.shape[1:]), old.dtype, True)
+                for row in range(self.start, self.end):
+                    new[row % self.capacity] = old[row % len(old)]
+                new.flush()
+                self.data[name] = new
+                (self.folder / f"{name}.new.npy").replace(self.folder / f"{name}.npy")
+        self.capacity, self.written[0] = len(self.data["action"]), self.end
 
     def __str__(self):
         size = sum(data.nbytes for data in self.data.values()) / 2**30
@@ -307,22 +359,25 @@ class Replay:
             data[self.end % self.capacity] = row[key]
         self.end += 1
 
-    def sample(self, batch_size, length, favor_ends=False):
+    def __len__(self):
+        return self.end - self.start
+
+    def sample(self, batch_size, length, favor_ends=False, device="cpu"):
         """Draws windows uniformly -> dict of (T, B, ...) tensors."""
-        starts = (self.end - self.start - length + 1) * self.num_envs
-        assert starts > 0, f"no {length} rows in a replay of {self.end - self.start}"
+        starts = (len(self) - length + 1) * self.num_envs
+        assert starts > 0, f"no {length} rows in a replay of {len(self)}"
         ends = np.empty(0, int)
         if favor_ends:  # windows on an episode's last row have the weight of length + 1 others
             resets = np.flatnonzero(self.data["is_first"][: self.end])
             age = (resets // self.num_envs - self.start) % self.capacity
-            whole = (age >= length) & (age < self.end - self.start)
+            whole = (age >= length) & (age < len(self))
             ends = ((age - length) * self.num_envs + resets % self.num_envs)[whole]
         draw = self.rng.integers(starts + length * len(ends), size=batch_size)
         extra = draw >= starts
         draw[extra] = ends[(draw[extra] - starts) // length]
         row, env = self.start + draw // self.num_envs, draw % self.num_envs
         index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
-        return {k: torch.from_numpy(data[index, env]) for k, data in self.data.items()}
+        return {k: torch.from_numpy(v[index, env]).to(device) for k, v in self.data.items()}
 
 
 def row_shapes(envs):
@@ -341,8 +396,10 @@ def check_disk(shapes, rows):
 
 
 def setup(seed, cuda, deterministic, threads):
-    """Seeds torch and returns the device; numpy's generators are seeded where they are made."""
+    """Seeds the global generators and returns the device; replay and environments have theirs."""
     torch.manual_seed(seed)
+    random.seed(seed)  # of environments that use Python's or numpy's global generator
+    np.random.seed(seed % 2**32)
     torch.use_deterministic_algorithms(deterministic)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -351,12 +408,17 @@ def setup(seed, cuda, deterministic, threads):
 
 
 def get_rng():
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and each GPU
+    kind, key, *rest = np.random.get_state()
+    tensors = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and each GPU
+    return {"torch": tensors, "python": random.getstate(), "numpy": (kind, key.tolist(), *rest)}
 
 
-def set_rng(states):
-    torch.set_rng_state(states[0].cpu())
-    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
+def set_rng(state):
+    torch.set_rng_state(state["torch"][0].cpu())
+    gpus = [s.cpu() for s in state["torch"][1 : 1 + torch.cuda.device_count()]]
+    torch.cuda.set_rng_state_all(gpus)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
 
 
 def stack(states):
@@ -417,40 +479,69 @@ def load_args(run, cls):
         args = yaml.safe_load((Path(run) / "args.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         raise UserError(f"{run} is no run folder: no args.yaml can be read in it") from None
-    if not isinstance(args, dict) or set(args) != set(vars(cls())):
-        raise UserError(f"{run} is a run of another script or version: its args.yaml differs")
+    hints = typing.get_type_hints(cls)
+    try:
+        assert set(args) == set(hints)
+        for name, value in args.items():
+            typeguard.check_type(value, hints[name])
+    except (AssertionError, TypeError, typeguard.TypeCheckError):
+        raise UserError(
+            f"{run} is a run of another script or version: its args.yaml differs"
+        ) from None
     return args
 
 
 def save_checkpoint(run, state):
-    """Writes checkpoint.pt under another name first, so that there always is a whole one."""
-    path = Path(run) / "checkpoint.pt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
+    """Writes checkpoint.pt under another name first and keeps the one before."""
+    path, new = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt"
+    if path.exists() and shutil.disk_usage(run).free < 1.1 * path.stat().st_size:
+        raise OSError(errno.ENOSPC, f"no space left for a checkpoint in {run}")
+    with open(new, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    path.with_suffix(".tmp").replace(path)
+    if path.exists():
+        path.replace(path.with_name("checkpoint.old.pt"))
+    new.replace(path)
 
 
-def load_checkpoint(run, device):
-    """Reads checkpoint.pt; nothing in it is executed."""
-    try:
-        return torch.load(Path(run) / "checkpoint.pt", map_location=device, weights_only=True)
-    except Exception as error:  # whatever a file from someone else may hold
-        raise UserError(f"no checkpoint can be read in {run}: {error}"[:200]) from None
+def load_checkpoint(run, device, parts):
+    """Restores the parts (with `load_state_dict`) from the last whole checkpoint -> its dict."""
+    for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt"):
+        try:
+            if bad := zipfile.ZipFile(path := Path(run) / name).testzip():  # checks its CRC-32s
+                raise ValueError(f"{bad} is damaged")
+            state = torch.load(path, map_location=device, weights_only=True)  # executes nothing
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+            return state
+        except Exception as error:  # whatever a file from someone else may hold
+            if path.exists():
+                print(f"{path} cannot be used: {error!r}"[:200], file=sys.stderr)
+    raise UserError(f"no checkpoint can be read in {run}")
 
 
 class Interrupt:
-    """Lets the step end on Ctrl-C (code 130) or SIGTERM (143); a second Ctrl-C stops at once."""
+    """Ends the loop after a step on Ctrl-C (code 130), SIGTERM (143) or a failed environment (1).
 
-    def __init__(self):
+    A second Ctrl-C stops at once.
+    """
+
+    def __enter__(self):
         self.code = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
+        return self
 
     def note(self, number, frame):
         self.code = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, kind, error, trace):
+        if kind is EnvError:
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            self.code = 1
+        return kind is EnvError
 
 
 def crossed(before, after, every):
@@ -470,9 +561,9 @@ class Logger:
         self.last = np.array([seconds, frames, updates])
         # What a killed run logged after its last checkpoint will be logged again.
         self.writer, path = SummaryWriter(run, purge_step=frames + 1), run / "metrics.jsonl"
-        rows = path.read_text().splitlines(True) if frames else []
-        rows = [r for r in rows if r.endswith("\n") and json.loads(r)["frames"] <= frames]
-        path.write_text("".join(rows))
+        text = path.read_text(errors="replace") if frames and path.exists() else ""
+        rows = re.finditer(r'^\{"frames": (\d+), .*\}$', text, re.M)  # not those that broke off
+        path.write_text("".join(f"{row[0]}\n" for row in rows if int(row[1]) <= frames))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
         table = "".join(f"|{k}|{v}|\n" for k, v in args.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", frames)
@@ -496,7 +587,7 @@ class Logger:
         """Frames and updates per second since it was asked last."""
         last, self.last = self.last, np.array([self.seconds(), frames, updates])
         frames, updates = (self.last - last)[1:] / (self.last - last)[0]
-        return {"charts/SPS": frames, "time/updates_per_second": updates}
+        return {"charts/SPS": float(frames), "time/updates_per_second": float(updates)}
 
     def gif(self, tag, video, frames):
         """video: (T, H, W) or (T, H, W, 3) uint8, to TensorBoard and the run folder's videos/."""

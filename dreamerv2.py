@@ -607,8 +607,7 @@ def main(args):
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
     args.observation = "pixels" if args.pixels else args.observation
-    run = Path(args.resume or args.evaluate)
-    saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
+    run = args.resume or args.evaluate
     options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
     options = {k: getattr(args, k) for k in options.split()}
     options["time_limit"] = -(-args.time_limit // args.action_repeat)
@@ -625,13 +624,15 @@ def main(args):
         raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
     agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
     parts = {"agent": agent, **make_optimizers(agent, args)}
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
+    saved = common.load_checkpoint(run, device, parts) if run else {}
     play = functools.partial(policy, agent, sample=False)
+    evaluate = functools.partial(
+        common.evaluate, eval_envs, play, args.eval_episodes, args.capture_video
+    )
     if args.evaluate:
-        returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
+        returns, film = evaluate()
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
-        return common.save_gif(run / "videos" / "evaluate.gif", film) if film else None
+        return common.save_gif(Path(run) / "videos" / "evaluate.gif", film) if film else None
 
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
@@ -641,72 +642,87 @@ def main(args):
         )
     if not saved:
         common.check_disk(shapes, rows * args.num_envs)
-    step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
+    counters = saved.get("counters", (0, 0, 0, 0.0, [0] * args.num_envs))
+    step, before, updates, seconds, episodes = counters  # episodes begun in each environment
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    run = run if saved else common.new_run(config)
+    run = Path(run) if run else common.new_run(config)
     replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
     if saved:
         replay.load_state_dict(saved["replay"])
         common.set_rng(saved["rng"])
+        eval_envs.set_attr("key", saved["eval_keys"])
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; {replay}")
     logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
-    interrupt, guard, last = common.Interrupt(), common.FiniteGuard(), step >= steps
+    guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
+    row, done, state = None, np.ones(args.num_envs, bool), None  # so that all begin an episode
 
-    row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
-    replay.add(row)
-    while not last:
-        before = step * args.action_repeat
-        if step < args.prefill:
-            action = common.random_actions(envs, replay.rng)
-        else:
-            action, state = policy(agent, row, state)
-        step += int((~done).sum())  # the reset after a done row costs no frame
-        row, done, info = common.step_rows(envs, action, done)
-        replay.add(row)
-        frames = step * args.action_repeat
-        for i in np.flatnonzero(done):
-            ended = {f"charts/episodic_{k}": info["episode"][k[0]][i] for k in ("return", "length")}
-            logger.log(ended, frames, updates)
+    def save():
+        guard.check()
+        saved = {k: part.state_dict() for k, part in parts.items()}
+        saved |= {"replay": replay.state_dict(), "rng": common.get_rng()}
+        saved |= {"metrics": metrics, "eval_keys": eval_envs.get_attr("key")}
+        saved["counters"] = (step, before, updates, logger.seconds(), episodes)
+        common.save_checkpoint(run, saved)
 
-        due = args.pretrain + 1 + (step - args.prefill) // args.train_every
-        ready = step >= args.prefill and replay.end - replay.start >= args.batch_length
-        while ready and updates < due and not interrupt.code:
-            began = time.time()
-            batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
-            batch = {k: v.to(device) for k, v in batch.items()}
-            metrics = update(agent, parts, batch, updates, args)
-            guard.watch(updates, metrics)
-            updates += 1
-            if updates == 3 and device.type == "cpu" and "image" in shapes:
-                hours = (time.time() - began) * (steps - step) / args.train_every / 3600
-                other = f"python {Path(__file__).name} --env-id CartPole-v1"
-                logger.bar.write(f"{hours:,.1f} hours to go on this CPU; {other} takes minutes")
+    with common.Interrupt() as interrupt:
+        while not interrupt.code:
+            # Every turn of the loop is an update, as long as one is due, or else a step.
+            frames = step * args.action_repeat
+            due = args.pretrain + 1 + (step - args.prefill) // args.train_every
+            ready = step >= args.prefill and len(replay) >= args.batch_length
+            if ready and updates < due:
+                began = time.time()
+                batch = replay.sample(
+                    args.batch_size, args.batch_length, args.favor_ends, device=device
+                )
+                metrics = update(agent, parts, batch, updates, args)
+                guard.watch(updates, metrics)
+                updates += 1
+                if updates == 3 and device.type == "cpu" and "image" in shapes:
+                    hours = (time.time() - began) * (steps - step) / args.train_every / 3600
+                    text = "hours to go on this CPU; --env-id CartPole-v1 takes minutes"
+                    logger.bar.write(f"{hours:,.1f} {text}")
+                continue
 
-        logger.bar.update(frames - before)
-        last = step >= steps or interrupt.code
-        if metrics and (last or common.crossed(before, frames, args.log_every)):
-            guard.check()
-            metrics |= {"replay/rows": replay.end - replay.start} | logger.speed(frames, updates)
-            logger.log(metrics, frames, updates)
-        if metrics and "image" in shapes and common.crossed(before, frames, args.video_every):
-            video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
-            logger.gif("open_loop", common.tile(video), frames)
-        if step >= steps or (updates and common.crossed(before, frames, args.eval_every)):
-            returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
-            logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
-            if film:
-                logger.gif("eval/episode", film, frames)
-        if last or common.crossed(before, frames, args.checkpoint_every):
-            guard.check()
-            saved = {k: part.state_dict() for k, part in parts.items()}
-            saved |= {"replay": replay.state_dict(), "rng": common.get_rng()}
-            episodes = [key[2] for key in envs.get_attr("key")]  # begun in each environment
-            saved["counters"] = (step, updates, logger.seconds(), episodes)
-            common.save_checkpoint(run, saved)
+            last, crossed = step >= steps, functools.partial(common.crossed, before, frames)
+            if metrics and (last or crossed(args.log_every)):
+                guard.check()
+                metrics |= {"replay/rows": len(replay)} | logger.speed(frames, updates)
+                logger.log(metrics, frames, updates)
+            if metrics and "image" in shapes and crossed(args.video_every):
+                batch = replay.sample(6, args.batch_length, device=device)
+                video = agent["world_model"].open_loop(batch)
+                logger.gif("open_loop", common.tile(video), frames)
+            if (last and frames > before) or (updates and crossed(args.eval_every)):
+                returns, film = evaluate()
+                logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
+                if film:
+                    logger.gif("eval/episode", film, frames)
+            due, before = crossed(args.checkpoint_every), frames
+            if last:
+                break
+            if due:
+                save()
 
+            if step < args.prefill or done.all():
+                action = common.random_actions(envs, replay.rng)
+            else:
+                action, state = policy(agent, row, state)
+            row, done, info = common.step_rows(envs, action, done)
+            replay.add(row)
+            step += int((1 - row["is_first"]).sum())  # a reset costs no frame
+            episodes = [int(n) for n in episodes + row["is_first"]]
+            logger.bar.update(step * args.action_repeat - before)
+            for i in np.flatnonzero(done):
+                ended = {
+                    f"charts/episodic_{k}": info["episode"][k[0]][i] for k in ("return", "length")
+                }
+                logger.log(ended, step * args.action_repeat, updates)
+
+    save()
     for closing in (logger.bar, logger.file, logger.writer, envs, eval_envs):
         closing.close()
     if interrupt.code:
