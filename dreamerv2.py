@@ -17,16 +17,15 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
 Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imagined states,
-A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector.
-A scalar per step is (T, B).
+A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector; (T, B) scalar per step.
 """
 
 import common  # isort: skip  first, because it checks the version of Python
 
-import functools
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -561,7 +560,7 @@ def make_agent(shapes, args):
 
 def make_optimizers(agent, args):
     """One Adam each, of its own learning rate."""
-    adam = functools.partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
+    adam = partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
     decay = {k: args.weight_decay / lr for k, lr in rates.items()}  # AdamW multiplies it by lr
     return {k: adam(agent[k].parameters(), rates[k], weight_decay=decay[k]) for k in rates}
@@ -607,13 +606,11 @@ def main(args):
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
     args.observation = "pixels" if args.pixels else args.observation
-    run = args.resume or args.evaluate
     options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
     options = {k: getattr(args, k) for k in options.split()}
     options["time_limit"] = -(-args.time_limit // args.action_repeat)
-    eval_envs = common.make_envs(  # with seeds of their own
-        min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
-    )
+    count = min(args.eval_episodes, 10)  # of environments with seeds of their own
+    eval_envs = common.make_envs(count, first_index=10_000, render=args.capture_video, **options)
     shapes, discrete = common.row_shapes(eval_envs), common.is_discrete(eval_envs)
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "trunc_normal"
@@ -624,11 +621,10 @@ def main(args):
         raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
     agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
     parts = {"agent": agent, **make_optimizers(agent, args)}
-    saved = common.load_checkpoint(run, device, parts) if run else {}
-    play = functools.partial(policy, agent, sample=False)
-    evaluate = functools.partial(
-        common.evaluate, eval_envs, play, args.eval_episodes, args.capture_video
-    )
+    run = args.resume or args.evaluate
+    saved = common.load_checkpoint(run, parts) if run else {}
+    play = partial(policy, agent, sample=False)
+    evaluate = partial(common.evaluate, eval_envs, play, args.eval_episodes, args.capture_video)
     if args.evaluate:
         returns, film = evaluate()
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
@@ -637,96 +633,85 @@ def main(args):
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
     if args.batch_length > min(rows, args.prefill // args.num_envs):
-        raise common.UserError(
-            f"--batch-length {args.batch_length} exceeds --prefill or --replay-size"
-        )
-    if not saved:
-        common.check_disk(shapes, rows * args.num_envs)
-    counters = saved.get("counters", (0, 0, 0, 0.0, [0] * args.num_envs))
-    step, before, updates, seconds, episodes = counters  # episodes begun in each environment
+        raise common.UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
+    step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
+    frames, known = step * args.action_repeat, saved.get("replay")
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    run = Path(run) if run else common.new_run(config)
-    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
+    run = Path(run) if run else common.new_run(config, shapes, rows * args.num_envs)
+    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, known, device)
     if saved:
-        replay.load_state_dict(saved["replay"])
         common.set_rng(saved["rng"])
-        eval_envs.set_attr("key", saved["eval_keys"])
+        for key, old in zip(eval_envs.get_attr("key"), saved["eval_keys"], strict=False):
+            key[:] = old
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; {replay}")
-    logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
+    logger = common.Logger(run, config, frames, updates, seconds, size)
     guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
     row, done, state = None, np.ones(args.num_envs, bool), None  # so that all begin an episode
 
     def save():
         guard.check()
-        saved = {k: part.state_dict() for k, part in parts.items()}
-        saved |= {"replay": replay.state_dict(), "rng": common.get_rng()}
-        saved |= {"metrics": metrics, "eval_keys": eval_envs.get_attr("key")}
-        saved["counters"] = (step, before, updates, logger.seconds(), episodes)
-        common.save_checkpoint(run, saved)
+        more = {"replay": replay.state_dict(), "rng": common.get_rng(), "metrics": metrics}
+        more["eval_keys"] = eval_envs.get_attr("key")
+        log = (time.time() - logger.began, logger.file.tell())
+        more["counters"] = (step, updates, before, *log, envs.keys[:, 2].tolist())
+        common.save_checkpoint(run, parts, more)
 
     with common.Interrupt() as interrupt:
         while not interrupt.code:
             # Every turn of the loop is an update, as long as one is due, or else a step.
-            frames = step * args.action_repeat
             due = args.pretrain + 1 + (step - args.prefill) // args.train_every
-            ready = step >= args.prefill and len(replay) >= args.batch_length
-            if ready and updates < due:
+            learns = step >= args.prefill
+            if learns and updates < due and len(replay) >= args.batch_length:
                 began = time.time()
-                batch = replay.sample(
-                    args.batch_size, args.batch_length, args.favor_ends, device=device
-                )
+                batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
                 metrics = update(agent, parts, batch, updates, args)
                 guard.watch(updates, metrics)
                 updates += 1
                 if updates == 3 and device.type == "cpu" and "image" in shapes:
                     hours = (time.time() - began) * (steps - step) / args.train_every / 3600
-                    text = "hours to go on this CPU; --env-id CartPole-v1 takes minutes"
-                    logger.bar.write(f"{hours:,.1f} {text}")
+                    logger.bar.write(f"{hours:,.1f} hours left on a CPU; CartPole-v1 takes minutes")
                 continue
 
-            last, crossed = step >= steps, functools.partial(common.crossed, before, frames)
+            last, crossed = step >= steps, partial(common.crossed, before, frames)
             if metrics and (last or crossed(args.log_every)):
                 guard.check()
                 metrics |= {"replay/rows": len(replay)} | logger.speed(frames, updates)
                 logger.log(metrics, frames, updates)
             if metrics and "image" in shapes and crossed(args.video_every):
-                batch = replay.sample(6, args.batch_length, device=device)
-                video = agent["world_model"].open_loop(batch)
-                logger.gif("open_loop", common.tile(video), frames)
+                batch = replay.sample(6, args.batch_length)
+                logger.gif("open_loop", agent["world_model"].open_loop(batch), frames)
             if (last and frames > before) or (updates and crossed(args.eval_every)):
                 returns, film = evaluate()
                 logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
-            due, before = crossed(args.checkpoint_every), frames
+            before = frames
             if last:
                 break
-            if due:
+            if crossed(args.checkpoint_every):
                 save()
 
-            if step < args.prefill or done.all():
+            if done.all() or not learns:
                 action = common.random_actions(envs, replay.rng)
             else:
                 action, state = policy(agent, row, state)
             row, done, info = common.step_rows(envs, action, done)
             replay.add(row)
             step += int((1 - row["is_first"]).sum())  # a reset costs no frame
-            episodes = [int(n) for n in episodes + row["is_first"]]
-            logger.bar.update(step * args.action_repeat - before)
+            frames = step * args.action_repeat
+            logger.bar.update(frames - before)
             for i in np.flatnonzero(done):
-                ended = {
-                    f"charts/episodic_{k}": info["episode"][k[0]][i] for k in ("return", "length")
-                }
-                logger.log(ended, step * args.action_repeat, updates)
+                ended = {"return": info["episode"]["r"][i], "length": info["episode"]["l"][i]}
+                logger.log({f"charts/episodic_{k}": v for k, v in ended.items()}, frames, updates)
 
     save()
     for closing in (logger.bar, logger.file, logger.writer, envs, eval_envs):
         closing.close()
     if interrupt.code:
-        print(f"stopped at frame {step * args.action_repeat:,}; python {__file__} --resume {run}")
+        print(f"stopped at frame {frames:,}; python {__file__} --resume {run}")
     raise SystemExit(interrupt.code)
 
 
