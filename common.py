@@ -38,6 +38,8 @@ from tqdm import tqdm
 with contextlib.suppress(ImportError):
     import ale_py  # noqa: F401  registers the Atari games
 
+Count = typing.Annotated[int, "above 0"]
+Rate = typing.Annotated[float, "above 0"]
 SIZE = 64  # height and width of images, as in both papers
 CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every
     checkpoint_every capture_video track cuda threads""".split()  # in a run that exists
@@ -92,20 +94,16 @@ def parse_args(cls, presets, argv=None):
             typeguard.check_type(default, typing.TypedDict("Args", typing.get_type_hints(cls)))
     args = tyro.cli(cls, default=cls(**default), args=argv)
     free = [*CHANGEABLE, "seed"] if given.evaluate else CHANGEABLE
-    for name, value in vars(args).items():
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if run and name not in free and value != default[name]:
-            raise UserError(f"--{name.replace('_', '-')} cannot change in a run that exists")
+            raise UserError(f"{flag} cannot change in a run that exists")
+        least = "above 0" if hint in (Count, Rate) else "0 or more"
+        if isinstance(value, int | float) and not (value > 0 or (value == 0 and "more" in least)):
+            raise UserError(f"{flag} is {value}, it must be {least}")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
-
-
-def check_positive(args, names):
-    """Raises UserError for a negative number in the dataclass `args`, or a 0 among the names."""
-    for name, value in vars(args).items():
-        least = "above 0" if name in names.split() else "0 or more"
-        if isinstance(value, int | float) and not (value > 0 or (value == 0 and "more" in least)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {least}")
 
 
 def new_run(args, shapes, rows):
@@ -292,8 +290,8 @@ def step_rows(envs, action, done):
 def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
-    returns, frames = [], []
     row, state, done = reset_rows(envs), None, np.zeros(envs.num_envs, bool)
+    returns, frames = [], []
     while quota.any():
         if film and not returns and len(frames) < 1000:
             frames.append(envs.render()[0])
@@ -422,10 +420,6 @@ def set_rng(state):
     torch.cuda.set_rng_state_all(state["torch"][1 : 1 + torch.cuda.device_count()])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-
-
-def stack(states):
-    return {k: torch.stack([state[k] for state in states]) for k in states[0]}  # (T, ...)
 
 
 def detach(tensors):

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributions as td
 from torch import nn
+from torch.utils.data import default_collate as stack
 
 td.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
 
@@ -45,7 +46,7 @@ class Args:
     env_id: str = "dm_control/walker-walk-v0"  # or any gymnasium id
     exp_name: str = Path(__file__).stem  # name in the run folder
     seed: int = 1  # of networks, replay and environments
-    total_frames: int = 200_000_000  # env frames, action repeat included
+    total_frames: common.Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
@@ -53,30 +54,30 @@ class Args:
     resume: str = ""  # run folder to go on with
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
-    num_envs: int = 1  # environments that act at once
+    num_envs: common.Count = 1  # environments that act at once
     async_envs: bool = False  # each of them in a process of its own
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
     pixels: bool = False  # short for --observation pixels; rendered if need be
     grayscale: bool = False  # images of one channel, not three
-    action_repeat: int = 4  # frames per agent step
+    action_repeat: common.Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 5000  # env frames of random play before learning
-    replay_size: int = 2_500_000  # agent steps (the authors keep all)
-    batch_size: int = 50  # B, sequences
-    batch_length: int = 50  # T, agent steps
+    replay_size: common.Count = 2_500_000  # agent steps (the authors keep all)
+    batch_size: common.Count = 50  # B, sequences
+    batch_length: common.Count = 50  # T, agent steps
     # --- world model ---
-    deter: int = 200  # D, size of the GRU state
-    hidden: int = 200  # units between the inputs and outputs of the RSSM
-    stoch: int = 30  # S, number of latent variables
-    cnn_depth: int = 32  # channels of the first convolution
-    units: int = 400  # of every dense layer
-    layers: int = 4  # dense layers of the actor, and of vectors in and out
-    reward_layers: int = 2  # of the reward head
-    discount_layers: int = 3  # of the discount head
-    critic_layers: int = 3  # of the critic
+    deter: common.Count = 200  # D, size of the GRU state
+    hidden: common.Count = 200  # units between the inputs and outputs of the RSSM
+    stoch: common.Count = 30  # S, number of latent variables
+    cnn_depth: common.Count = 32  # channels of the first convolution
+    units: common.Count = 400  # of every dense layer
+    layers: common.Count = 4  # dense layers of the actor, and of vectors in and out
+    reward_layers: common.Count = 2  # of the reward head
+    discount_layers: common.Count = 3  # of the discount head
+    critic_layers: common.Count = 3  # of the critic
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
     cnn_act: Literal["elu", "relu", "silu"] = "relu"  # that of convolutions
     norm: Literal["none", "layer"] = "none"  # before activations, not in the GRU
@@ -88,27 +89,27 @@ class Args:
     # --- behavior ---
     gamma: float = 0.99  # discount per agent step
     discount_lambda: float = 0.95  # lambda of the returns
-    imag_horizon: int = 10  # imagined steps
+    imag_horizon: common.Count = 10  # imagined steps
     actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # Eq. 7, or not through the model
     actor_entropy: float = 0.0  # weight of the actor's entropy (not in the paper)
     expl_noise: float = 0.3  # std of the noise on continuous actions
     expl_epsilon: float = 0.4  # share of random actions among discrete ones, at first
     expl_min: float = 0.1  # at last
-    expl_decay: int = 200_000  # updates in between
+    expl_decay: common.Count = 200_000  # updates in between
     # --- optimizers ---
-    train_every: int = 1000  # env frames from one training to the next
-    train_steps: int = 100  # updates each time
+    train_every: common.Count = 1000  # env frames from one training to the next
+    train_steps: common.Count = 100  # updates each time
     pretrain: int = 100  # updates before the schedule begins
-    model_lr: float = 6e-4  # learning rate of the world model
-    actor_lr: float = 8e-5  # of the actor
-    critic_lr: float = 8e-5  # of the critic
-    adam_eps: float = 1e-7  # epsilon of Adam
-    clip: float = 100.0  # global norm of each optimizer's gradient
+    model_lr: common.Rate = 6e-4  # learning rate of the world model
+    actor_lr: common.Rate = 8e-5  # of the actor
+    critic_lr: common.Rate = 8e-5  # of the critic
+    adam_eps: common.Rate = 1e-7  # epsilon of Adam
+    clip: common.Rate = 100.0  # global norm of each optimizer's gradient
     # --- logging ---
     log_every: int = 10_000  # frames between rows of losses
     eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
-    eval_episodes: int = 1  # episodes of an evaluation
+    eval_episodes: common.Count = 1  # episodes of an evaluation
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
     capture_video: bool = False  # film how each evaluation begins
@@ -347,7 +348,7 @@ class RSSM(nn.Module):
         for t in range(len(embed)):  # nothing but the recurrence is in the loop
             state = self.obs_step(state, action[t], embed[t], is_first[t])
             states.append(state)
-        post = common.stack(states)
+        post = stack(states)
         return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
 
     def imagine(self, actor, start, horizon):
@@ -360,7 +361,7 @@ class RSSM(nn.Module):
         for _ in range(horizon):
             actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
             states.append(self.img_step(states[-1], actions[-1]))
-        return common.stack(states[1:]), torch.stack(actions)
+        return stack(states[1:]), torch.stack(actions)
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
@@ -418,7 +419,7 @@ class WorldModel(nn.Module):
         states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
-        model = self.decoder(self.rssm.feat(common.stack(states)))["image"] + 0.5
+        model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
         truth = pixels(batch["image"]) + 0.5
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 
@@ -532,10 +533,6 @@ def explore(action, updates, args, rng):
 
 
 def main(args):
-    common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
-        batch_length deter hidden stoch cnn_depth units layers imag_horizon train_every
-        model_lr actor_lr critic_lr adam_eps clip eval_episodes
-        train_steps expl_decay reward_layers discount_layers critic_layers""")  # fmt: skip
     if args.imag_horizon < 2:
         raise common.UserError("--imag-horizon is 1, it must be 2 or more")
     config = asdict(args)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributions as td
 from torch import nn
+from torch.utils.data import default_collate as stack
 
 td.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
 
@@ -45,7 +46,7 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
     exp_name: str = Path(__file__).stem  # name in the run folder
     seed: int = 1  # of networks, replay and environments
-    total_frames: int = 200_000_000  # env frames, action repeat included
+    total_frames: common.Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
@@ -53,29 +54,29 @@ class Args:
     resume: str = ""  # run folder to go on with
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
-    num_envs: int = 1  # environments that act at once
+    num_envs: common.Count = 1  # environments that act at once
     async_envs: bool = False  # each of them in a process of its own
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
     pixels: bool = False  # short for --observation pixels; rendered if need be
     grayscale: bool = True  # images of one channel, not three
-    action_repeat: int = 4  # frames per agent step
+    action_repeat: common.Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning
-    replay_size: int = 2_000_000  # agent steps
+    replay_size: common.Count = 2_000_000  # agent steps
     favor_ends: bool = True  # draw the ends of episodes more often
-    batch_size: int = 16  # B, sequences (published curves 50)
-    batch_length: int = 50  # T, agent steps
+    batch_size: common.Count = 16  # B, sequences (published curves 50)
+    batch_length: common.Count = 50  # T, agent steps
     # --- world model ---
-    deter: int = 600  # D, size of the GRU state
-    hidden: int = 600  # units between the inputs and outputs of the RSSM
-    stoch: int = 32  # S, number of latent variables
+    deter: common.Count = 600  # D, size of the GRU state
+    hidden: common.Count = 600  # units between the inputs and outputs of the RSSM
+    stoch: common.Count = 32  # S, number of latent variables
     classes: int = 32  # K, classes of each; 0 makes them Gaussian
-    cnn_depth: int = 48  # channels of the first convolution
-    units: int = 400  # of every dense layer
-    layers: int = 4  # dense layers of every head
+    cnn_depth: common.Count = 48  # channels of the first convolution
+    units: common.Count = 400  # of every dense layer
+    layers: common.Count = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
     norm: Literal["none", "layer"] = "none"  # before activations, not in the GRU
     reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
@@ -89,25 +90,25 @@ class Args:
     # --- behavior ---
     gamma: float = 0.999  # discount per agent step (paper .995)
     discount_lambda: float = 0.95  # lambda of the returns
-    imag_horizon: int = 15  # imagined steps
+    imag_horizon: common.Count = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
     actor_grad_mix: float = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
     actor_entropy: float = 1e-3  # eta of Eq. 6
-    slow_update: int = 100  # updates between copies of the critic
+    slow_update: common.Count = 100  # updates between copies of the critic
     # --- optimizers ---
-    train_every: int = 16  # agent steps per update (released code; the paper says 4)
+    train_every: common.Count = 16  # agent steps per update (released code; the paper says 4)
     pretrain: int = 1  # updates before the schedule begins
-    model_lr: float = 2e-4  # learning rate of the world model
-    actor_lr: float = 4e-5  # of the actor
-    critic_lr: float = 1e-4  # of the critic
-    adam_eps: float = 1e-5  # epsilon of Adam
+    model_lr: common.Rate = 2e-4  # learning rate of the world model
+    actor_lr: common.Rate = 4e-5  # of the actor
+    critic_lr: common.Rate = 1e-4  # of the critic
+    adam_eps: common.Rate = 1e-5  # epsilon of Adam
     weight_decay: float = 1e-6  # share taken off every weight per update
-    clip: float = 100.0  # global norm of each optimizer's gradient
+    clip: common.Rate = 100.0  # global norm of each optimizer's gradient
     # --- logging ---
     log_every: int = 10_000  # frames between rows of losses
     eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
-    eval_episodes: int = 1  # episodes of an evaluation
+    eval_episodes: common.Count = 1  # episodes of an evaluation
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
     capture_video: bool = False  # film how each evaluation begins
@@ -405,7 +406,7 @@ class RSSM(nn.Module):
         for t in range(len(embed)):  # nothing but the recurrence is in the loop
             state = self.obs_step(state, action[t], embed[t], is_first[t])
             states.append(state)
-        post = common.stack(states)
+        post = stack(states)
         return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
 
     def imagine(self, actor, start, horizon):
@@ -418,7 +419,7 @@ class RSSM(nn.Module):
         for _ in range(horizon):
             actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
             states.append(self.img_step(states[-1], actions[-1]))
-        return common.stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
+        return stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
@@ -490,7 +491,7 @@ class WorldModel(nn.Module):
         states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
-        model = self.decoder(self.rssm.feat(common.stack(states)))["image"] + 0.5
+        model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
         truth = pixels(batch["image"]) + 0.5
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 
@@ -596,9 +597,6 @@ def policy(agent, row, state, sample=True):
 
 
 def main(args):
-    common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
-        batch_length deter hidden stoch cnn_depth units layers imag_horizon train_every
-        model_lr actor_lr critic_lr adam_eps clip eval_episodes slow_update""")  # fmt: skip
     if args.imag_horizon < 2:
         raise common.UserError("--imag-horizon is 1, it must be 2 or more")
     config = asdict(args)
