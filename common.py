@@ -62,8 +62,8 @@ def explain(text, *errors, kind=UserError):
         raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
 
 
-def explain_env(env_id, seed, index, begun):
-    which = f"environment {index} of {env_id} (seed {seed}, episode {begun - 1})"
+def explain_env(spec, seed, index, begun):
+    which = f"environment {index} of {getattr(spec, 'id', spec)} (seed {seed}, episode {begun - 1})"
     return explain(f"{which} failed", Exception, kind=EnvError)
 
 
@@ -204,14 +204,14 @@ class Standard(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         seed = int(np.random.SeedSequence(self.key).generate_state(1)[0]) >> 1
         self.key[2] += 1
-        with explain_env(self.spec.id, *self.key):
+        with explain_env(self.spec, *self.key):
             obs, info = self.env.reset(seed=seed, options=options)
             return self.observe(obs), info
 
     def step(self, action):
         action = self.low + (action + 1) / 2 * (self.high - self.low)
         action, total = gym.spaces.unflatten(self.actions, action), 0.0
-        with explain_env(self.spec.id, *self.key):
+        with explain_env(self.spec, *self.key):
             for _ in range(self.repeat):
                 obs, reward, terminated, truncated, info = self.env.step(action)
                 total += reward

@@ -41,8 +41,8 @@ class Args:
     resume: str = ""
     evaluate: str = ""
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"
-    num_envs: int = 1
-    lr: float = 0.1
+    num_envs: common.Count = 1
+    lr: common.Rate = 0.1
     clip: float = 100.0
     log_every: int = 10
     eval_episodes: int = 1
@@ -138,17 +138,23 @@ def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(run):
         parse(f"--evaluate {run} --lr 0.8")
 
 
-def test_numbers_that_make_no_sense_are_refused():
-    common.check_positive(Args(num_envs=1, log_every=0), "num_envs lr")
-    for wrong, said in (
-        (Args(num_envs=0), "--num-envs is 0, it must be above 0"),
-        (Args(lr=0.0), "--lr is 0.0, it must be above 0"),
-        (Args(num_envs=-2), "--num-envs is -2, it must be above 0"),
-        (Args(log_every=-1), "--log-every is -1, it must be 0 or more"),
-        (Args(sticky_prob=-0.5), "--sticky-prob is -0.5, it must be 0 or more"),
-    ):
-        with pytest.raises(common.UserError, match=said):
-            common.check_positive(wrong, "num_envs lr")
+@pytest.mark.parametrize(("flags", "least"), [
+    ("--num-envs 0", "above 0"), ("--num-envs -2", "above 0"), ("--lr 0.0", "above 0"),
+    ("--lr nan", "above 0"), ("--log-every -1", "0 or more"), ("--sticky-prob -0.5", "0 or more"),
+])  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(run, flags, least):
+    flag, value = flags.split()
+    with pytest.raises(common.UserError, match=rf"^{flag} is {value}, it must be {least}$"):
+        parse(f"{flags} --env-id CartPole-v1")
+    args = asdict(Args()) | {flag.strip("-").replace("-", "_"): yaml.safe_load(value)}
+    (run / "args.yaml").write_text(yaml.safe_dump(args))
+    with pytest.raises(common.UserError):
+        parse(f"--evaluate {run}")
+
+
+def test_a_0_is_fine_where_it_means_something():
+    args = parse("--log-every 0 --seed 0 --sticky-prob 0")
+    assert (args.log_every, args.seed, args.sticky_prob) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("kind", "code"), [
