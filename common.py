@@ -30,6 +30,7 @@ import torch
 import typeguard
 import tyro
 import yaml
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, flatten_space, unflatten
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -106,11 +107,9 @@ def parse_args(cls, presets, argv=None):
     return args
 
 
-def new_run(args, shapes, rows):
-    """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if its replay has no room."""
-    row = sum(np.empty(shape, dtype).nbytes for shape, dtype in shapes.values())
-    size, free = rows * row / 2**30, shutil.disk_usage(".").free / 2**30
-    if size > free:
+def new_run(args, size):
+    """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if `size` GiB are not free."""
+    if size > (free := shutil.disk_usage(".").free / 2**30):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
     env_id = args["env_id"].replace("/", "-").replace(":", "-")
     run = Path("runs") / f"{env_id}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
@@ -177,29 +176,26 @@ class Standard(gym.Wrapper):
         super().__init__(env)
         self.repeat, self.key, self.actions = repeat, key, env.action_space
         space = env.observation_space
-        boxes = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
-        if not all(isinstance(box, gym.spaces.Box) for box in boxes.values()):
+        boxes = space.spaces if isinstance(space, Dict) else {None: space}
+        if not all(isinstance(box, Box) for box in boxes.values()):
             raise UserError(f"observations {space} are not supported, only Box and Dict of Box")
-        if not isinstance(self.actions, gym.spaces.Discrete | gym.spaces.Box):
+        if not isinstance(self.actions, Discrete | Box):
             raise UserError(f"actions {self.actions} are not supported, only Discrete and Box")
         images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
         self.images = images if observation != "vector" else []
         self.vectors = [k for k in boxes if k not in images] if observation != "pixels" else []
-        self.draws = observation in ("pixels", "both") and not images
         channels = [boxes[k].shape[2:] for k in self.images]
-        size = sum(gym.spaces.flatdim(boxes[k]) for k in self.vectors)
-        image = gym.spaces.Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
-        vector = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        spaces = {"image": image} if self.images or self.draws else {}
+        image = Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
+        vector = Box(-np.inf, np.inf, (sum(flatdim(boxes[k]) for k in self.vectors),), np.float32)
+        spaces = {"image": image} if self.images or observation in ("pixels", "both") else {}
         spaces |= {"vector": vector} if self.vectors else {}
         if not spaces or channels not in ([], [()], [(1,)], [(3,)]):
             raise UserError(f"--observation {observation} does not fit observations {space}")
-        self.observation_space = gym.spaces.Dict(spaces)
-        flat, box = gym.spaces.flatten_space(self.actions), isinstance(self.actions, gym.spaces.Box)
+        self.observation_space = Dict(spaces)
+        flat, box = flatten_space(self.actions), isinstance(self.actions, Box)
         scaled = np.isfinite(flat.low) & np.isfinite(flat.high) & box
         self.low, self.high = np.where(scaled, flat.low, -1), np.where(scaled, flat.high, 1)
-        one_hot = gym.spaces.MultiBinary(gym.spaces.flatdim(self.actions))
-        self.action_space = gym.spaces.Box(-1, 1, flat.shape, np.float32) if box else one_hot
+        self.action_space = Box(-1, 1, flat.shape, np.float32) if box else MultiBinary(*flat.shape)
 
     def reset(self, *, seed=None, options=None):
         seed = int(np.random.SeedSequence(self.key).generate_state(1)[0]) >> 1
@@ -210,7 +206,7 @@ class Standard(gym.Wrapper):
 
     def step(self, action):
         action = self.low + (action + 1) / 2 * (self.high - self.low)
-        action, total = gym.spaces.unflatten(self.actions, action), 0.0
+        action, total = unflatten(self.actions, action), 0.0
         with explain_env(self.spec, *self.key):
             for _ in range(self.repeat):
                 obs, reward, terminated, truncated, info = self.env.step(action)
@@ -221,9 +217,9 @@ class Standard(gym.Wrapper):
 
     def observe(self, obs):
         parts, out = obs if isinstance(obs, dict) else {None: obs}, {}
-        if self.images or self.draws:
+        if "image" in self.observation_space.spaces:
             # (H, W) or (H, W, C) -> (1 or 3, 64, 64); a pixel is the mean of the area it covers
-            image = self.env.render() if self.draws else parts[self.images[0]]
+            image = parts[self.images[0]] if self.images else self.env.render()
             shape = self.observation_space["image"].shape
             image = cv2.resize(image, shape[1:], interpolation=cv2.INTER_AREA)
             if image.ndim == 3 and shape[0] == 1:
@@ -250,7 +246,7 @@ def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options)
 
 
 def is_discrete(envs):
-    return isinstance(envs.single_action_space, gym.spaces.MultiBinary)  # one-hot
+    return isinstance(envs.single_action_space, MultiBinary)  # one-hot
 
 
 def random_actions(envs, rng):
@@ -366,10 +362,6 @@ class Replay:
 
     def __len__(self):
         return self.end - self.start
-
-    def __str__(self):
-        size = sum(data.nbytes for data in self.data.values()) / 2**30
-        return f"replay {self.capacity * self.num_envs:,} rows, {size:.2f} GiB in {self.folder}"
 
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""
