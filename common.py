@@ -6,30 +6,41 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python {sys.version.split()[0]} is too old, use 3.11 or 3.12")
 
 import contextlib
+import errno
+import fcntl
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
+import typing
+import zipfile
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+import typeguard
 import tyro
 import yaml
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, flatten_space, unflatten
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
 with contextlib.suppress(ImportError):
     import ale_py  # noqa: F401  registers the Atari games
 
+Count = typing.Annotated[int, "above 0"]
+Rate = typing.Annotated[float, "above 0"]
 SIZE = 64  # height and width of images, as in both papers
 CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every
     checkpoint_every capture_video track cuda threads""".split()  # in a run that exists
@@ -39,43 +50,72 @@ class UserError(Exception):
     """Something the user can mend, said in one line."""
 
 
-class NonFiniteError(UserError):
-    """A loss or gradient became NaN or infinite."""
+class EnvError(UserError):
+    """An environment failed."""
+
+
+@contextlib.contextmanager
+def explain(text, *errors, kind=UserError):
+    """Turns the errors into a UserError of one line that begins with the text."""
+    try:
+        yield
+    except errors as error:
+        raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
+
+
+def explain_env(spec, seed, index, begun):
+    which = f"environment {index} of {getattr(spec, 'id', spec)} (seed {seed}, episode {begun - 1})"
+    return explain(f"{which} failed", Exception, kind=EnvError)
 
 
 @contextlib.contextmanager
 def exit_on_error():
-    """Prints a `UserError` in one line, without a traceback, and exits with code 2 (NaN: 1)."""
+    """Says what the user can mend (exit code 2) and what broke the run (1) in one line."""
     try:
         yield
-    except UserError as error:
+    except Exception as error:
+        causes = {getattr(e, "errno", 0) for e in (error, error.__context__)}  # torch.save hides it
+        if causes & {errno.ENOSPC, errno.EDQUOT}:
+            error = "no space left on the disk; the last checkpoint can be resumed"
+        elif not isinstance(error, UserError | FloatingPointError):
+            raise
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+        sys.exit(2 if type(error) is UserError else 1)
 
 
 def parse_args(cls, presets, argv=None):
     """Fills the dataclass `cls` from argv, else the run folder given, else the preset of the id."""
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
-    preset = presets[preset_name(given.env_id, given.observation)]
-    run = given.resume or given.evaluate
-    default = cls(**(load_args(run, cls) if run else {"env_id": given.env_id, **preset}))
-    args = tyro.cli(cls, default=default, args=argv)
+    default = {"env_id": given.env_id, **presets[preset_name(given.env_id, given.observation)]}
+    if run := given.resume or given.evaluate:
+        with explain(f"{run} is no run folder", OSError, ValueError, yaml.YAMLError):
+            default = yaml.safe_load((Path(run) / "args.yaml").read_text())
+        with explain(f"{run} is a run of another script or version", typeguard.TypeCheckError):
+            typeguard.check_type(default, typing.TypedDict("Args", typing.get_type_hints(cls)))
+    args = tyro.cli(cls, default=cls(**default), args=argv)
     free = [*CHANGEABLE, "seed"] if given.evaluate else CHANGEABLE
-    for name, value in vars(args).items():
-        if run and name not in free and value != getattr(default, name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change in a run that exists")
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if run and name not in free and value != default[name]:
+            raise UserError(f"{flag} cannot change in a run that exists")
+        least = "above 0" if hint in (Count, Rate) else "0 or more"
+        if isinstance(value, int | float) and not (value > 0 or (value == 0 and "more" in least)):
+            raise UserError(f"{flag} is {value}, it must be {least}")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
 
 
-def check_positive(args, names):
-    """Raises UserError for a negative number in the dataclass `args`, or a 0 among the names."""
-    for name, value in vars(args).items():
-        least = "above 0" if name in names.split() else "0 or more"
-        if isinstance(value, int | float) and not (value > 0 or (value == 0 and "more" in least)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {least}")
+def new_run(args, size):
+    """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if `size` GiB are not free."""
+    if size > (free := shutil.disk_usage(".").free / 2**30):
+        raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
+    env_id = args["env_id"].replace("/", "-").replace(":", "-")
+    run = Path("runs") / f"{env_id}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
+    run.mkdir(parents=True)
+    (run / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
+    return run
 
 
 def preset_name(env_id, observation):
@@ -94,20 +134,16 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
     if kind.startswith("dmc") or (kind == "other" and kwargs):
         choose_gl(needed=kind != "other" and bool(kwargs))
     if kind.startswith("dmc"):
-        env_id = f"shimmy:dm_control/{env_id.split('/')[1].removesuffix('-v0')}-v0"
+        env_id = f"dm_control/{env_id.split('/')[1].removesuffix('-v0')}-v0"
         camera = 2 if "quadruped" in env_id else 0
         kwargs["render_kwargs"] = {"width": SIZE, "height": SIZE, "camera_id": camera}
     if kind == "atari":  # frame skip and time limit follow below, so that frames are counted once
         kwargs |= {"frameskip": 1, "max_episode_steps": -1, "full_action_space": full_action_space}
-        kwargs["obs_type"] = "grayscale" if grayscale else "rgb"
-        if sticky_prob is not None:
-            kwargs["repeat_action_probability"] = sticky_prob
-    try:
-        env = gym.make(env_id, disable_env_checker=True, **kwargs)
-    except (ImportError, gym.error.Error, TypeError) as error:
-        raise UserError(
-            f"no {env_id.removeprefix('shimmy:')}: {error}"
-        ) from None  # gymnasium's text names the nearest id
+        kwargs |= {"obs_type": "grayscale" if grayscale else "rgb"}
+        kwargs |= {} if sticky_prob is None else {"repeat_action_probability": sticky_prob}
+    module = "shimmy:" if kind.startswith("dmc") else ""
+    with explain(f"no {env_id}", ImportError, gym.error.Error, TypeError):  # and the nearest id
+        env = gym.make(module + env_id, disable_env_checker=True, **kwargs)
     if kind == "atari":
         env = gym.wrappers.AtariPreprocessing(env, 30, action_repeat, SIZE, grayscale_obs=grayscale)
         action_repeat = 1
@@ -138,57 +174,52 @@ class Standard(gym.Wrapper):
 
     def __init__(self, env, observation, grayscale, repeat, key):
         super().__init__(env)
-        self.repeat, self.key = repeat, key
-        space, self.actions = env.observation_space, env.action_space
-        boxes = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
-        if not all(isinstance(box, gym.spaces.Box) for box in boxes.values()):
+        self.repeat, self.key, self.actions = repeat, key, env.action_space
+        space = env.observation_space
+        boxes = space.spaces if isinstance(space, Dict) else {None: space}
+        if not all(isinstance(box, Box) for box in boxes.values()):
             raise UserError(f"observations {space} are not supported, only Box and Dict of Box")
+        if not isinstance(self.actions, Discrete | Box):
+            raise UserError(f"actions {self.actions} are not supported, only Discrete and Box")
         images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
         self.images = images if observation != "vector" else []
         self.vectors = [k for k in boxes if k not in images] if observation != "pixels" else []
-        self.draws = observation in ("pixels", "both") and not images
         channels = [boxes[k].shape[2:] for k in self.images]
-        size = sum(gym.spaces.flatdim(boxes[k]) for k in self.vectors)
-        image = gym.spaces.Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
-        vector = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        spaces = {"image": image} if self.images or self.draws else {}
+        image = Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
+        vector = Box(-np.inf, np.inf, (sum(flatdim(boxes[k]) for k in self.vectors),), np.float32)
+        spaces = {"image": image} if self.images or observation in ("pixels", "both") else {}
         spaces |= {"vector": vector} if self.vectors else {}
         if not spaces or channels not in ([], [()], [(1,)], [(3,)]):
             raise UserError(f"--observation {observation} does not fit observations {space}")
-        self.observation_space = gym.spaces.Dict(spaces)
-        if isinstance(self.actions, gym.spaces.Discrete):
-            self.action_space = gym.spaces.MultiBinary(int(self.actions.n))
-            self.low, self.high = -1, 1  # not scaled
-        elif isinstance(self.actions, gym.spaces.Box):
-            low, high = self.actions.low.ravel(), self.actions.high.ravel()
-            finite = np.isfinite(low) & np.isfinite(high)
-            self.low, self.high = np.where(finite, low, -1), np.where(finite, high, 1)
-            self.action_space = gym.spaces.Box(-1, 1, low.shape, np.float32)
-        else:
-            raise UserError(f"actions {self.actions} are not supported, only Discrete and Box")
+        self.observation_space = Dict(spaces)
+        flat, box = flatten_space(self.actions), isinstance(self.actions, Box)
+        scaled = np.isfinite(flat.low) & np.isfinite(flat.high) & box
+        self.low, self.high = np.where(scaled, flat.low, -1), np.where(scaled, flat.high, 1)
+        self.action_space = Box(-1, 1, flat.shape, np.float32) if box else MultiBinary(*flat.shape)
 
     def reset(self, *, seed=None, options=None):
         seed = int(np.random.SeedSequence(self.key).generate_state(1)[0]) >> 1
         self.key[2] += 1
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self.observe(obs), info
+        with explain_env(self.spec, *self.key):
+            obs, info = self.env.reset(seed=seed, options=options)
+            return self.observe(obs), info
 
     def step(self, action):
         action = self.low + (action + 1) / 2 * (self.high - self.low)
-        action = gym.spaces.unflatten(self.actions, action)
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += reward
-            if terminated or truncated:
-                break
-        return self.observe(obs), total, terminated, truncated, info
+        action, total = unflatten(self.actions, action), 0.0
+        with explain_env(self.spec, *self.key):
+            for _ in range(self.repeat):
+                obs, reward, terminated, truncated, info = self.env.step(action)
+                total += reward
+                if terminated or truncated:
+                    break
+            return self.observe(obs), total, terminated, truncated, info
 
     def observe(self, obs):
         parts, out = obs if isinstance(obs, dict) else {None: obs}, {}
-        if self.images or self.draws:
+        if "image" in self.observation_space.spaces:
             # (H, W) or (H, W, C) -> (1 or 3, 64, 64); a pixel is the mean of the area it covers
-            image = self.env.render() if self.draws else parts[self.images[0]]
+            image = parts[self.images[0]] if self.images else self.env.render()
             shape = self.observation_space["image"].shape
             image = cv2.resize(image, shape[1:], interpolation=cv2.INTER_AREA)
             if image.ndim == 3 and shape[0] == 1:
@@ -201,18 +232,21 @@ class Standard(gym.Wrapper):
 
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
     """A vector of `make_env`s, each reset by the step after its last (gymnasium's NEXT_STEP)."""
-    numbered = enumerate(episodes or [0] * num_envs, first_index)
-    fns = [partial(make_env, index=i, episode=episode, **options) for i, episode in numbered]
-    if not parallel:
-        return gym.vector.SyncVectorEnv(fns)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the workers as well
-    envs = gym.vector.AsyncVectorEnv(fns, context="spawn")
-    signal.signal(signal.SIGINT, handler)
+    keys = [(options["seed"], *key) for key in enumerate(episodes or [0] * num_envs, first_index)]
+    fns = [partial(make_env, index=i, episode=begun, **options) for _, i, begun in keys]
+    if parallel:
+        gym.logger.min_level = gym.logger.ERROR + 1  # an EnvError says it
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers as well
+        envs = gym.vector.AsyncVectorEnv(fns, context="spawn")
+        signal.signal(signal.SIGINT, handler)
+    else:
+        envs = gym.vector.SyncVectorEnv(fns)
+    envs.env_id, envs.keys = options["env_id"], np.array(keys)
     return envs
 
 
 def is_discrete(envs):
-    return isinstance(envs.single_action_space, gym.spaces.MultiBinary)  # one-hot
+    return isinstance(envs.single_action_space, MultiBinary)  # one-hot
 
 
 def random_actions(envs, rng):
@@ -225,14 +259,25 @@ def random_actions(envs, rng):
 
 def reset_rows(envs):
     """Resets all environments -> their rows: dict of (N, ...)."""
+    envs.keys[:, 2] += 1
     zeros = np.zeros(envs.action_space.shape, np.float32)
     row = {"action": zeros, "reward": zeros[:, 0], "is_terminal": zeros[:, 0]}
     return {**envs.reset()[0], **row, "is_first": zeros[:, 0] + 1}
 
 
 def step_rows(envs, action, done):
-    """Steps all environments -> rows: dict of (N, ...), done (N,), info."""
-    obs, reward, terminated, truncated, info = envs.step(action)
+    """Steps all environments, or begins with them if all are done -> rows, done (N,), info."""
+    try:
+        if done.all():
+            return reset_rows(envs), np.zeros_like(done), {}
+        envs.keys[:, 2] += done
+        obs, reward, terminated, truncated, info = envs.step(action)
+    except (EOFError, ConnectionError):  # a process died; one that only failed raises EnvError
+        sentinels = [process.sentinel for process in envs.processes]
+        dead = sentinels.index((wait(sentinels, timeout=9) or sentinels)[0])
+        envs.closed = True  # gymnasium would wait for it
+        with explain_env(envs.env_id, *envs.keys[dead]):
+            raise ChildProcessError("its process died") from None
     action = action * ~done[:, None]  # the row after a done row is a reset, which ignores it
     row = {"action": action, "reward": reward, "is_first": done, "is_terminal": terminated}
     return obs | {k: v.astype(np.float32) for k, v in row.items()}, terminated | truncated, info
@@ -241,8 +286,8 @@ def step_rows(envs, action, done):
 def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
-    returns, frames = [], []
     row, state, done = reset_rows(envs), None, np.zeros(envs.num_envs, bool)
+    returns, frames = [], []
     while quota.any():
         if film and not returns and len(frames) < 1000:
             frames.append(envs.render()[0])
@@ -254,77 +299,6 @@ def evaluate(envs, act, episodes, film=False):
     return np.array(returns), frames
 
 
-class Replay:
-    """The last rows of N environments, memory-mapped from .npy files; shapes as in `row_shapes`.
-
-    Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
-    share a write head; no window crosses it, and a window stays in one environment's stream.
-    """
-
-    def __init__(self, folder, capacity, shapes, num_envs, seed):
-        self.folder, self.num_envs = Path(folder), num_envs
-        self.folder.mkdir(exist_ok=True)
-        self.data = {k: self.map(k, (capacity, num_envs, *s), t) for k, (s, t) in shapes.items()}
-        self.capacity = len(self.data["action"])  # a resumed run has the size that it began with
-        # Rows ever written: it tells which old ones a full ring has lost since the checkpoint.
-        self.written = self.map("written", (1, 1), np.int64)
-        self.rng = np.random.default_rng(seed)
-        self.start = self.end = 0  # rows start..end - 1 can be drawn
-
-    def map(self, name, shape, dtype):
-        path = self.folder / f"{name}.npy"
-        if not path.exists():
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
-            with open(path, "r+b") as file:  # a sparse map would die of SIGBUS on a full disk
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        data = np.load(path, mmap_mode="r+")
-        if (data.shape[1:], data.dtype) != (shape[1:], dtype):
-            raise UserError(f"{path} is {data.shape} {data.dtype}, not {shape} {np.dtype(dtype)}")
-        return data
-
-    def state_dict(self):
-        """Writes the maps to disk, so that a checkpoint never knows more rows than they hold."""
-        for data in (*self.data.values(), self.written):
-            data.flush()
-        return {"start": self.start, "end": self.end, "rng": self.rng.bit_generator.state}
-
-    def load_state_dict(self, state):
-        """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
-        self.end, self.rng.bit_generator.state = state["end"], state["rng"]
-        if (written := self.written.item()) < self.end:
-            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
-        self.start = min(self.end, max(state["start"], written - self.capacity))
-
-    def __str__(self):
-        size = sum(data.nbytes for data in self.data.values()) / 2**30
-        return f"replay {self.capacity * self.num_envs:,} rows, {size:.2f} GiB in {self.folder}"
-
-    def add(self, row):
-        """Appends a row, a dict of (N, ...)."""
-        self.start = max(self.start, self.end + 1 - self.capacity)
-        self.written[0] = max(self.written[0], self.end + 1)
-        for key, data in self.data.items():
-            data[self.end % self.capacity] = row[key]
-        self.end += 1
-
-    def sample(self, batch_size, length, favor_ends=False):
-        """Draws windows uniformly -> dict of (T, B, ...) tensors."""
-        starts = (self.end - self.start - length + 1) * self.num_envs
-        assert starts > 0, f"no {length} rows in a replay of {self.end - self.start}"
-        ends = np.empty(0, int)
-        if favor_ends:  # windows on an episode's last row have the weight of length + 1 others
-            resets = np.flatnonzero(self.data["is_first"][: self.end])
-            age = (resets // self.num_envs - self.start) % self.capacity
-            whole = (age >= length) & (age < self.end - self.start)
-            ends = ((age - length) * self.num_envs + resets % self.num_envs)[whole]
-        draw = self.rng.integers(starts + length * len(ends), size=batch_size)
-        extra = draw >= starts
-        draw[extra] = ends[(draw[extra] - starts) // length]
-        row, env = self.start + draw // self.num_envs, draw % self.num_envs
-        index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
-        return {k: torch.from_numpy(data[index, env]) for k, data in self.data.items()}
-
-
 def row_shapes(envs):
     """What a row of one environment holds: dict of name -> (shape, dtype)."""
     shapes = {k: (space.shape, space.dtype) for k, space in envs.single_observation_space.items()}
@@ -332,17 +306,94 @@ def row_shapes(envs):
     return shapes | dict.fromkeys(("reward", "is_first", "is_terminal"), ((), np.float32))
 
 
-def check_disk(shapes, rows):
-    """Raises UserError if the disk has no room for `rows` rows."""
-    row = sum(np.empty(shape, dtype).nbytes for shape, dtype in shapes.values())
-    size, free = rows * row / 2**30, shutil.disk_usage(".").free / 2**30
-    if size > free:
-        raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
+class Replay:
+    """The last rows of N environments, memory-mapped from .npy files; shapes as in `row_shapes`.
+
+    Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
+    share a write head; no window crosses it, and a window stays in one environment's stream.
+    With the state of a checkpoint it has its rows, less those that a full ring has overwritten.
+    """
+
+    def __init__(self, folder, capacity, shapes, num_envs, seed, state=None, device="cpu"):
+        self.folder, self.num_envs, self.device = Path(folder), num_envs, device
+        self.folder.mkdir(exist_ok=True)
+        lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        with explain(f"another process trains in {self.folder.parent}", OSError):
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
+        self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
+        # The first row that no later one has overwritten, the rows ever written, and the capacity.
+        self.written = self.map("written", (1, 3), np.int64, not state)[0]
+        if state:
+            self.end, self.rng.bit_generator.state = state["end"], state["rng"]
+            self.start = min(self.end, max(state["start"], int(self.written[0])))
+        if self.written[1] < self.end:
+            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
+        self.capacity = self.written[2] = max(capacity, int(self.written[2]))
+        self.data = {}
+        for name, (shape, dtype) in shapes.items():
+            self.data[name] = self.map(name, (self.capacity, num_envs, *shape), dtype, not state)
+
+    def map(self, name, shape, dtype, fresh):
+        """Opens or makes an array; one with fewer rows than the shape grows around start..end."""
+        path = self.folder / f"{name}.npy"
+        if fresh:
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            with open(path, "r+b") as file:  # a sparse map would die of SIGBUS on a full disk
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
+            np.lib.format.open_memmap(path, "r")  # r+ alone fills up a file that was cut off
+            data = np.lib.format.open_memmap(path, "r+")
+            if (data.shape[1:], data.dtype) != (shape[1:], dtype):
+                raise ValueError(f"it has {data.shape} {data.dtype}")
+        if len(data) == shape[0]:
+            return data
+        new = self.map(f"{name}.new", shape, dtype, True)
+        for row in range(self.start, self.end):
+            new[row % len(new)] = data[row % len(data)]
+        new.flush()
+        (self.folder / f"{name}.new.npy").replace(path)
+        return new
+
+    def state_dict(self):
+        """Writes the maps to disk, so that a checkpoint never knows more rows than they hold."""
+        for data in (*self.data.values(), self.written):
+            data.flush()
+        return {"start": self.start, "end": self.end, "rng": self.rng.bit_generator.state}
+
+    def __len__(self):
+        return self.end - self.start
+
+    def add(self, row):
+        """Appends a row, a dict of (N, ...)."""
+        self.start = max(self.start, self.end + 1 - self.capacity)
+        self.written[:2] = self.start, max(self.written[1], self.end + 1)
+        for key, data in self.data.items():
+            data[self.end % self.capacity] = row[key]
+        self.end += 1
+
+    def sample(self, batch_size, length, favor_ends=False):
+        """Draws windows uniformly -> dict of (T, B, ...) tensors."""
+        starts = (len(self) - length + 1) * self.num_envs
+        assert starts > 0, f"no {length} rows in a replay of {len(self)}"
+        ends = np.empty(0, int)
+        if favor_ends:  # windows on an episode's last row have the weight of length + 1 others
+            resets = np.flatnonzero(self.data["is_first"][: self.end])
+            age = (resets // self.num_envs - self.start) % self.capacity
+            whole = (age >= length) & (age < len(self))
+            ends = ((age - length) * self.num_envs + resets % self.num_envs)[whole]
+        draw = self.rng.integers(starts + length * len(ends), size=batch_size)
+        extra = draw >= starts
+        draw[extra] = ends[(draw[extra] - starts) // length]
+        row, env = self.start + draw // self.num_envs, draw % self.num_envs
+        index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
+        return {k: torch.from_numpy(v[index, env]).to(self.device) for k, v in self.data.items()}
 
 
 def setup(seed, cuda, deterministic, threads):
-    """Seeds torch and returns the device; numpy's generators are seeded where they are made."""
+    """Seeds the global generators and returns the device; replay and environments have theirs."""
     torch.manual_seed(seed)
+    random.seed(seed)  # of environments that use Python's or numpy's global generator
+    np.random.seed(seed % 2**32)
     torch.use_deterministic_algorithms(deterministic)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -351,16 +402,16 @@ def setup(seed, cuda, deterministic, threads):
 
 
 def get_rng():
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and each GPU
+    kind, key, *rest = np.random.get_state()
+    tensors = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and each GPU
+    return {"torch": tensors, "python": random.getstate(), "numpy": (kind, key.tolist(), *rest)}
 
 
-def set_rng(states):
-    torch.set_rng_state(states[0].cpu())
-    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
-
-
-def stack(states):
-    return {k: torch.stack([state[k] for state in states]) for k in states[0]}  # (T, ...)
+def set_rng(state):
+    torch.set_rng_state(state["torch"][0])
+    torch.cuda.set_rng_state_all(state["torch"][1 : 1 + torch.cuda.device_count()])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
 
 
 def detach(tensors):
@@ -369,9 +420,8 @@ def detach(tensors):
 
 def frozen(*modules):
     """A context in which gradients flow through the modules, but not into their parameters."""
-    modules = torch.nn.ModuleList(modules).requires_grad_(False)
     context = contextlib.ExitStack()
-    context.callback(modules.requires_grad_, True)
+    context.callback(torch.nn.ModuleList(modules).requires_grad_(False).requires_grad_, True)
     return context
 
 
@@ -390,58 +440,49 @@ class FiniteGuard:
     first = torch.tensor(torch.inf)  # update at which each value went bad
 
     def watch(self, updates, values):
-        bad = ~torch.isfinite(torch.stack([v.float() for v in values.values()]))
-        self.names = list(values)
-        self.first = torch.where(bad, updates, torch.inf).minimum(self.first)
+        self.names, finite = list(values), torch.stack([*map(torch.isfinite, values.values())])
+        self.first = torch.where(finite, torch.inf, updates).minimum(self.first)
 
     def check(self):
-        """Raises NonFiniteError with the update and the names of the first bad values."""
+        """Raises FloatingPointError with the update and the names of the first bad values."""
         if self.first.isfinite().any():
             names = [self.names[i] for i in (self.first == self.first.min()).nonzero()]
             names = [name for name in names if name.startswith("losses/")] or names
-            raise NonFiniteError(f"not finite at update {self.first.min():.0f}: {', '.join(names)}")
+            raise FloatingPointError(
+                f"not finite at update {self.first.min():.0f}: {', '.join(names)}"
+            )
 
 
-def new_run(args):
-    """Makes runs/{env_id}__{exp_name}__{seed}__{time} and its args.yaml; args is a dict."""
-    env_id = args["env_id"].replace("/", "-").replace(":", "-")
-    run = Path("runs") / f"{env_id}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
-    run.mkdir(parents=True)
-    (run / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
-    return run
-
-
-def load_args(run, cls):
-    """The args of a run folder as a dict of the dataclass's fields."""
-    try:
-        args = yaml.safe_load((Path(run) / "args.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        raise UserError(f"{run} is no run folder: no args.yaml can be read in it") from None
-    if not isinstance(args, dict) or set(args) != set(vars(cls())):
-        raise UserError(f"{run} is a run of another script or version: its args.yaml differs")
-    return args
-
-
-def save_checkpoint(run, state):
-    """Writes checkpoint.pt under another name first, so that there always is a whole one."""
-    path = Path(run) / "checkpoint.pt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
+def save_checkpoint(run, parts, more):
+    """Writes the parts' states and the dict `more`; the last one becomes checkpoint.old.pt."""
+    path, new = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt"
+    with open(new, "wb") as file:
+        torch.save({k: part.state_dict() for k, part in parts.items()} | more, file)
         file.flush()
         os.fsync(file.fileno())
-    path.with_suffix(".tmp").replace(path)
+    if path.exists():
+        path.replace(path.with_name("checkpoint.old.pt"))
+    new.replace(path)
 
 
-def load_checkpoint(run, device):
-    """Reads checkpoint.pt; nothing in it is executed."""
-    try:
-        return torch.load(Path(run) / "checkpoint.pt", map_location=device, weights_only=True)
-    except Exception as error:  # whatever a file from someone else may hold
-        raise UserError(f"no checkpoint can be read in {run}: {error}"[:200]) from None
+def load_checkpoint(run, parts):
+    """Gives the parts their states from the last whole checkpoint -> all that is in it."""
+    for path in (Path(run) / f"checkpoint{name}.pt" for name in ("", ".new", ".old")):
+        try:
+            if bad := zipfile.ZipFile(path).testzip():  # checks its CRC-32s
+                raise ValueError(f"{bad} is damaged")
+            state = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+            return state
+        except Exception as error:  # whatever a file from someone else may hold
+            if path.exists():
+                print(f"{path} cannot be used: {error!r}"[:200], file=sys.stderr)
+    raise UserError(f"no checkpoint can be read in {run}")
 
 
-class Interrupt:
-    """Lets the step end on Ctrl-C (code 130) or SIGTERM (143); a second Ctrl-C stops at once."""
+class Interrupt(contextlib.AbstractContextManager):
+    """Ends the loop after a step on Ctrl-C (130, a second one now), SIGTERM (143), EnvError (1)."""
 
     def __init__(self):
         self.code = 0
@@ -452,6 +493,12 @@ class Interrupt:
         self.code = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def __exit__(self, kind, error, trace):
+        if kind is EnvError and not self.code:  # or the signal ended a process of its own
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            self.code = 1
+        return kind is EnvError
+
 
 def crossed(before, after, every):
     return every > 0 and before // every != after // every  # is a multiple in (before, after]?
@@ -460,33 +507,28 @@ def crossed(before, after, every):
 class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar."""
 
-    def __init__(self, run, args, frames=0, updates=0, seconds=0.0):
+    def __init__(self, run, args, frames=0, updates=0, seconds=0.0, size=0):
         if args["track"]:
-            import wandb
-
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
+            wandb = importlib.import_module("wandb")
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
         self.run, self.began, self.shown = run, time.time() - seconds, {}
         self.last = np.array([seconds, frames, updates])
+        self.writer = SummaryWriter(run, purge_step=frames + 1)
+        threading.excepthook = lambda thread: None  # the writer raises what its thread does
+        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         # What a killed run logged after its last checkpoint will be logged again.
-        self.writer, path = SummaryWriter(run, purge_step=frames + 1), run / "metrics.jsonl"
-        rows = path.read_text().splitlines(True) if frames else []
-        rows = [r for r in rows if r.endswith("\n") and json.loads(r)["frames"] <= frames]
-        path.write_text("".join(rows))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.file.truncate(min(size, self.file.tell()))
         table = "".join(f"|{k}|{v}|\n" for k, v in args.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", frames)
         wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s
         self.bar = tqdm(total=args["total_frames"], initial=frames, unit=" frames", **wait)
 
-    def seconds(self):
-        return time.time() - self.began
-
     def log(self, metrics, frames, updates):
         """Writes a row; metrics: dict of tag -> number or tensor ()"""
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, frames)
-        row = {"frames": frames, "updates": updates, "seconds": round(self.seconds(), 3)}
+        row = {"frames": frames, "updates": updates, "seconds": round(time.time() - self.began, 3)}
         self.file.write(json.dumps(row | metrics, default=float) + "\n")
         tags = {"charts/episodic_return": "return", "time/updates_per_second": "updates/s"}
         self.shown |= {tags[k]: f"{v:.4g}" for k, v in metrics.items() if k in tags}
@@ -494,12 +536,12 @@ class Logger:
 
     def speed(self, frames, updates):
         """Frames and updates per second since it was asked last."""
-        last, self.last = self.last, np.array([self.seconds(), frames, updates])
+        last, self.last = self.last, np.array([time.time() - self.began, frames, updates])
         frames, updates = (self.last - last)[1:] / (self.last - last)[0]
-        return {"charts/SPS": frames, "time/updates_per_second": updates}
+        return {"charts/SPS": float(frames), "time/updates_per_second": float(updates)}
 
     def gif(self, tag, video, frames):
-        """video: (T, H, W) or (T, H, W, 3) uint8, to TensorBoard and the run folder's videos/."""
+        """To TensorBoard and the run folder's videos/; video as in `save_gif`."""
         path = self.run / "videos" / f"{tag.replace('/', '_')}_{frames}.gif"
         save_gif(path, video)
         image = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
@@ -508,13 +550,10 @@ class Logger:
 
 
 def save_gif(path, video):
-    """video: (T, H, W) or (T, H, W, 3) uint8, 20 frames per second."""
+    """video: (T, H, W) or (T, H, W, 3) uint8, or (T, B, C, H, W) in [0, 1], B side by side."""
+    if torch.is_tensor(video):
+        video = (video.clamp(0, 1) * 255).byte().permute(0, 3, 1, 4, 2).flatten(2, 3)
+        video = video.squeeze(-1).cpu().numpy()
     first, *rest = [Image.fromarray(frame) for frame in video]
     path.parent.mkdir(exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=50, loop=0)
-
-
-def tile(video):
-    """(T, B, C, H, W) in [0, 1] -> (T, H, B * W) or (T, H, B * W, 3) uint8, side by side."""
-    video = (video.clamp(0, 1) * 255).byte().permute(0, 3, 1, 4, 2).flatten(2, 3)
-    return video.squeeze(-1).cpu().numpy()
+    first.save(path, save_all=True, append_images=rest, duration=50, loop=0)  # ms

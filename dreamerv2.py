@@ -17,16 +17,15 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
 Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imagined states,
-A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector.
-A scalar per step is (T, B).
+A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector; (T, B) scalar per step.
 """
 
 import common  # isort: skip  first, because it checks the version of Python
 
-import functools
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -36,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributions as td
 from torch import nn
+from torch.utils.data import default_collate as stack
 
 td.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
 
@@ -46,7 +46,7 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
     exp_name: str = Path(__file__).stem  # name in the run folder
     seed: int = 1  # of networks, replay and environments
-    total_frames: int = 200_000_000  # env frames, action repeat included
+    total_frames: common.Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
@@ -54,29 +54,29 @@ class Args:
     resume: str = ""  # run folder to go on with
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
-    num_envs: int = 1  # environments that act at once
+    num_envs: common.Count = 1  # environments that act at once
     async_envs: bool = False  # each of them in a process of its own
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
     pixels: bool = False  # short for --observation pixels; rendered if need be
     grayscale: bool = True  # images of one channel, not three
-    action_repeat: int = 4  # frames per agent step
+    action_repeat: common.Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning
-    replay_size: int = 2_000_000  # agent steps
+    replay_size: common.Count = 2_000_000  # agent steps
     favor_ends: bool = True  # draw the ends of episodes more often
-    batch_size: int = 16  # B, sequences (published curves 50)
-    batch_length: int = 50  # T, agent steps
+    batch_size: common.Count = 16  # B, sequences (published curves 50)
+    batch_length: common.Count = 50  # T, agent steps
     # --- world model ---
-    deter: int = 600  # D, size of the GRU state
-    hidden: int = 600  # units between the inputs and outputs of the RSSM
-    stoch: int = 32  # S, number of latent variables
+    deter: common.Count = 600  # D, size of the GRU state
+    hidden: common.Count = 600  # units between the inputs and outputs of the RSSM
+    stoch: common.Count = 32  # S, number of latent variables
     classes: int = 32  # K, classes of each; 0 makes them Gaussian
-    cnn_depth: int = 48  # channels of the first convolution
-    units: int = 400  # of every dense layer
-    layers: int = 4  # dense layers of every head
+    cnn_depth: common.Count = 48  # channels of the first convolution
+    units: common.Count = 400  # of every dense layer
+    layers: common.Count = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
     norm: Literal["none", "layer"] = "none"  # before activations, not in the GRU
     reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
@@ -90,25 +90,25 @@ class Args:
     # --- behavior ---
     gamma: float = 0.999  # discount per agent step (paper .995)
     discount_lambda: float = 0.95  # lambda of the returns
-    imag_horizon: int = 15  # imagined steps
+    imag_horizon: common.Count = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
     actor_grad_mix: float = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
     actor_entropy: float = 1e-3  # eta of Eq. 6
-    slow_update: int = 100  # updates between copies of the critic
+    slow_update: common.Count = 100  # updates between copies of the critic
     # --- optimizers ---
-    train_every: int = 16  # agent steps per update (released code; the paper says 4)
+    train_every: common.Count = 16  # agent steps per update (released code; the paper says 4)
     pretrain: int = 1  # updates before the schedule begins
-    model_lr: float = 2e-4  # learning rate of the world model
-    actor_lr: float = 4e-5  # of the actor
-    critic_lr: float = 1e-4  # of the critic
-    adam_eps: float = 1e-5  # epsilon of Adam
+    model_lr: common.Rate = 2e-4  # learning rate of the world model
+    actor_lr: common.Rate = 4e-5  # of the actor
+    critic_lr: common.Rate = 1e-4  # of the critic
+    adam_eps: common.Rate = 1e-5  # epsilon of Adam
     weight_decay: float = 1e-6  # share taken off every weight per update
-    clip: float = 100.0  # global norm of each optimizer's gradient
+    clip: common.Rate = 100.0  # global norm of each optimizer's gradient
     # --- logging ---
     log_every: int = 10_000  # frames between rows of losses
     eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
-    eval_episodes: int = 1  # episodes of an evaluation
+    eval_episodes: common.Count = 1  # episodes of an evaluation
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
     capture_video: bool = False  # film how each evaluation begins
@@ -406,7 +406,7 @@ class RSSM(nn.Module):
         for t in range(len(embed)):  # nothing but the recurrence is in the loop
             state = self.obs_step(state, action[t], embed[t], is_first[t])
             states.append(state)
-        post = common.stack(states)
+        post = stack(states)
         return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
 
     def imagine(self, actor, start, horizon):
@@ -419,7 +419,7 @@ class RSSM(nn.Module):
         for _ in range(horizon):
             actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
             states.append(self.img_step(states[-1], actions[-1]))
-        return common.stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
+        return stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
@@ -491,7 +491,7 @@ class WorldModel(nn.Module):
         states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
-        model = self.decoder(self.rssm.feat(common.stack(states)))["image"] + 0.5
+        model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
         truth = pixels(batch["image"]) + 0.5
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 
@@ -561,7 +561,7 @@ def make_agent(shapes, args):
 
 def make_optimizers(agent, args):
     """One Adam each, of its own learning rate."""
-    adam = functools.partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
+    adam = partial(torch.optim.AdamW, eps=args.adam_eps, fused=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
     decay = {k: args.weight_decay / lr for k, lr in rates.items()}  # AdamW multiplies it by lr
     return {k: adam(agent[k].parameters(), rates[k], weight_decay=decay[k]) for k in rates}
@@ -597,9 +597,6 @@ def policy(agent, row, state, sample=True):
 
 
 def main(args):
-    common.check_positive(args, """num_envs total_frames action_repeat replay_size batch_size
-        batch_length deter hidden stoch cnn_depth units layers imag_horizon train_every
-        model_lr actor_lr critic_lr adam_eps clip eval_episodes slow_update""")  # fmt: skip
     if args.imag_horizon < 2:
         raise common.UserError("--imag-horizon is 1, it must be 2 or more")
     config = asdict(args)
@@ -607,14 +604,11 @@ def main(args):
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
     args.observation = "pixels" if args.pixels else args.observation
-    run = Path(args.resume or args.evaluate)
-    saved = common.load_checkpoint(run, device) if args.resume or args.evaluate else {}
     options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
     options = {k: getattr(args, k) for k in options.split()}
     options["time_limit"] = -(-args.time_limit // args.action_repeat)
-    eval_envs = common.make_envs(  # with seeds of their own
-        min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video, **options
-    )
+    count = min(args.eval_episodes, 10)  # of environments with seeds of their own
+    eval_envs = common.make_envs(count, first_index=10_000, render=args.capture_video, **options)
     shapes, discrete = common.row_shapes(eval_envs), common.is_discrete(eval_envs)
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "trunc_normal"
@@ -625,92 +619,99 @@ def main(args):
         raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
     agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
     parts = {"agent": agent, **make_optimizers(agent, args)}
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
-    play = functools.partial(policy, agent, sample=False)
+    run = args.resume or args.evaluate
+    saved = common.load_checkpoint(run, parts) if run else {}
+    play = partial(policy, agent, sample=False)
+    evaluate = partial(common.evaluate, eval_envs, play, args.eval_episodes, args.capture_video)
     if args.evaluate:
-        returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
+        returns, film = evaluate()
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
-        return common.save_gif(run / "videos" / "evaluate.gif", film) if film else None
+        return common.save_gif(Path(run) / "videos" / "evaluate.gif", film) if film else None
 
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
     if args.batch_length > min(rows, args.prefill // args.num_envs):
-        raise common.UserError(
-            f"--batch-length {args.batch_length} exceeds --prefill or --replay-size"
-        )
-    if not saved:
-        common.check_disk(shapes, rows * args.num_envs)
-    step, updates, seconds, episodes = saved.get("counters", (0, 0, 0.0, None))
+        raise common.UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
+    step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
+    frames, known = step * args.action_repeat, saved.get("replay")
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    run = run if saved else common.new_run(config)
-    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed)
+    gib = rows * args.num_envs * sum(np.empty(*shape).nbytes for shape in shapes.values()) / 2**30
+    run = Path(run) if run else common.new_run(config, gib)
+    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, known, device)
     if saved:
-        replay.load_state_dict(saved["replay"])
         common.set_rng(saved["rng"])
+        for key, old in zip(eval_envs.get_attr("key"), saved["eval_keys"], strict=False):
+            key[:] = old
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
-    print(f"parameters: {sizes}; {replay}")
-    logger = common.Logger(run, config, step * args.action_repeat, updates, seconds)
-    interrupt, guard, last = common.Interrupt(), common.FiniteGuard(), step >= steps
+    print(f"parameters: {sizes}; replay {rows * args.num_envs:,} rows, {gib:.2f} GiB")
+    logger = common.Logger(run, config, frames, updates, seconds, size)
+    guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
+    row, done, state = None, np.ones(args.num_envs, bool), None  # so that all begin an episode
 
-    row, done, state, metrics = common.reset_rows(envs), np.zeros(args.num_envs, bool), None, {}
-    replay.add(row)
-    while not last:
-        before = step * args.action_repeat
-        if step < args.prefill:
-            action = common.random_actions(envs, replay.rng)
-        else:
-            action, state = policy(agent, row, state)
-        step += int((~done).sum())  # the reset after a done row costs no frame
-        row, done, info = common.step_rows(envs, action, done)
-        replay.add(row)
-        frames = step * args.action_repeat
-        for i in np.flatnonzero(done):
-            ended = {f"charts/episodic_{k}": info["episode"][k[0]][i] for k in ("return", "length")}
-            logger.log(ended, frames, updates)
+    def save():
+        guard.check()
+        more = {"replay": replay.state_dict(), "rng": common.get_rng(), "metrics": metrics}
+        more["eval_keys"] = eval_envs.get_attr("key")
+        log = (time.time() - logger.began, logger.file.tell())
+        more["counters"] = (step, updates, before, *log, envs.keys[:, 2].tolist())
+        common.save_checkpoint(run, parts, more)
 
-        due = args.pretrain + 1 + (step - args.prefill) // args.train_every
-        ready = step >= args.prefill and replay.end - replay.start >= args.batch_length
-        while ready and updates < due and not interrupt.code:
-            began = time.time()
-            batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
-            batch = {k: v.to(device) for k, v in batch.items()}
-            metrics = update(agent, parts, batch, updates, args)
-            guard.watch(updates, metrics)
-            updates += 1
-            if updates == 3 and device.type == "cpu" and "image" in shapes:
-                hours = (time.time() - began) * (steps - step) / args.train_every / 3600
-                other = f"python {Path(__file__).name} --env-id CartPole-v1"
-                logger.bar.write(f"{hours:,.1f} hours to go on this CPU; {other} takes minutes")
+    with common.Interrupt() as interrupt:
+        while not interrupt.code:
+            # Every turn of the loop is an update, as long as one is due, or else a step.
+            due = args.pretrain + 1 + (step - args.prefill) // args.train_every
+            learns = step >= args.prefill
+            if learns and updates < due and len(replay) >= args.batch_length:
+                began = time.time()
+                batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
+                metrics = update(agent, parts, batch, updates, args)
+                guard.watch(updates, metrics)
+                updates += 1
+                if updates == 3 and device.type == "cpu" and "image" in shapes:
+                    hours = (time.time() - began) * (steps - step) / args.train_every / 3600
+                    text = "hours to go on this CPU; --env-id CartPole-v1 takes minutes"
+                    logger.bar.write(f"{hours:,.1f} {text}")
+                continue
 
-        logger.bar.update(frames - before)
-        last = step >= steps or interrupt.code
-        if metrics and (last or common.crossed(before, frames, args.log_every)):
-            guard.check()
-            metrics |= {"replay/rows": replay.end - replay.start} | logger.speed(frames, updates)
-            logger.log(metrics, frames, updates)
-        if metrics and "image" in shapes and common.crossed(before, frames, args.video_every):
-            video = agent["world_model"].open_loop({k: v[:, :6] for k, v in batch.items()})
-            logger.gif("open_loop", common.tile(video), frames)
-        if step >= steps or (updates and common.crossed(before, frames, args.eval_every)):
-            returns, film = common.evaluate(eval_envs, play, args.eval_episodes, args.capture_video)
-            logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
-            if film:
-                logger.gif("eval/episode", film, frames)
-        if last or common.crossed(before, frames, args.checkpoint_every):
-            guard.check()
-            saved = {k: part.state_dict() for k, part in parts.items()}
-            saved |= {"replay": replay.state_dict(), "rng": common.get_rng()}
-            episodes = [key[2] for key in envs.get_attr("key")]  # begun in each environment
-            saved["counters"] = (step, updates, logger.seconds(), episodes)
-            common.save_checkpoint(run, saved)
+            last, crossed = step >= steps, partial(common.crossed, before, frames)
+            if metrics and (last or crossed(args.log_every)):
+                guard.check()
+                metrics |= {"replay/rows": len(replay)} | logger.speed(frames, updates)
+                logger.log(metrics, frames, updates)
+            if metrics and "image" in shapes and crossed(args.video_every):
+                batch = replay.sample(6, args.batch_length)
+                logger.gif("open_loop", agent["world_model"].open_loop(batch), frames)
+            if (last and frames > before) or (updates and crossed(args.eval_every)):
+                returns, film = evaluate()
+                logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
+                if film:
+                    logger.gif("eval/episode", film, frames)
+            before = frames
+            if last:
+                break
+            if crossed(args.checkpoint_every):
+                save()
 
+            if done.all() or not learns:
+                action = common.random_actions(envs, replay.rng)
+            else:
+                action, state = policy(agent, row, state)
+            row, done, info = common.step_rows(envs, action, done)
+            replay.add(row)
+            step += int((1 - row["is_first"]).sum())  # a reset costs no frame
+            frames = step * args.action_repeat
+            logger.bar.update(frames - before)
+            for i in np.flatnonzero(done):
+                ended = {"return": info["episode"]["r"][i], "length": info["episode"]["l"][i]}
+                logger.log({f"charts/episodic_{k}": v for k, v in ended.items()}, frames, updates)
+
+    save()
     for closing in (logger.bar, logger.file, logger.writer, envs, eval_envs):
         closing.close()
     if interrupt.code:
-        print(f"stopped at frame {step * args.action_repeat:,}; python {__file__} --resume {run}")
+        print(f"stopped at frame {frames:,}; python {__file__} --resume {run}")
     raise SystemExit(interrupt.code)
 
 

@@ -1,15 +1,23 @@
 """Plumbing: command line, optimizer step, run folders, checkpoints and logs."""
 
+import contextlib
+import errno
 import json
 import os
 import pickle
+import random
+import re
 import signal
 import subprocess
 import sys
+import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -32,9 +40,9 @@ class Args:
     threads: int = 0
     resume: str = ""
     evaluate: str = ""
-    observation: str = "auto"
-    num_envs: int = 1
-    lr: float = 0.1
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"
+    num_envs: common.Count = 1
+    lr: common.Rate = 0.1
     clip: float = 100.0
     log_every: int = 10
     eval_episodes: int = 1
@@ -103,7 +111,7 @@ def test_an_unknown_flag_exits_with_code_2(capsys):
 def run(tmp_path, monkeypatch):
     """A run folder of seed 3 with lr 0.7."""
     monkeypatch.chdir(tmp_path)
-    return common.new_run(asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7)))
+    return common.new_run(asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7)), 0.0)
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
@@ -130,20 +138,28 @@ def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(run):
         parse(f"--evaluate {run} --lr 0.8")
 
 
-def test_numbers_that_make_no_sense_are_refused():
-    common.check_positive(Args(num_envs=1, log_every=0), "num_envs lr")
-    for wrong, said in (
-        (Args(num_envs=0), "--num-envs is 0, it must be above 0"),
-        (Args(lr=0.0), "--lr is 0.0, it must be above 0"),
-        (Args(num_envs=-2), "--num-envs is -2, it must be above 0"),
-        (Args(log_every=-1), "--log-every is -1, it must be 0 or more"),
-        (Args(sticky_prob=-0.5), "--sticky-prob is -0.5, it must be 0 or more"),
-    ):
-        with pytest.raises(common.UserError, match=said):
-            common.check_positive(wrong, "num_envs lr")
+@pytest.mark.parametrize(("flags", "least"), [
+    ("--num-envs 0", "above 0"), ("--num-envs -2", "above 0"), ("--lr 0.0", "above 0"),
+    ("--lr nan", "above 0"), ("--log-every -1", "0 or more"), ("--sticky-prob -0.5", "0 or more"),
+])  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(run, flags, least):
+    flag, value = flags.split()
+    with pytest.raises(common.UserError, match=rf"^{flag} is {value}, it must be {least}$"):
+        parse(f"{flags} --env-id CartPole-v1")
+    args = asdict(Args()) | {flag.strip("-").replace("-", "_"): yaml.safe_load(value)}
+    (run / "args.yaml").write_text(yaml.safe_dump(args))
+    with pytest.raises(common.UserError):
+        parse(f"--evaluate {run}")
 
 
-@pytest.mark.parametrize(("kind", "code"), [(common.UserError, 2), (common.NonFiniteError, 1)])
+def test_a_0_is_fine_where_it_means_something():
+    args = parse("--log-every 0 --seed 0 --sticky-prob 0")
+    assert (args.log_every, args.seed, args.sticky_prob) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("kind", "code"), [
+    (common.UserError, 2), (common.EnvError, 1), (FloatingPointError, 1),
+])  # fmt: skip
 def test_errors_that_are_meant_for_users_take_one_line_and_have_codes(capsys, kind, code):
     with pytest.raises(SystemExit) as stop, common.exit_on_error():
         raise kind("first\n   second")
@@ -151,8 +167,21 @@ def test_errors_that_are_meant_for_users_take_one_line_and_have_codes(capsys, ki
     assert capsys.readouterr().err == "error: first second\n"
 
 
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), common.exit_on_error():
+@pytest.mark.parametrize("error", [ZeroDivisionError(), PermissionError(errno.EACCES, "no")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), common.exit_on_error():
+        raise error
+
+
+def test_an_error_can_be_explained_in_one_line():
+    with common.explain("no luck", ValueError):
+        pass
+    with (
+        pytest.raises(common.UserError, match=r"^no luck: ValueError: first second$"),
+        common.explain("no luck", KeyError, ValueError),
+    ):
+        raise ValueError("first\n  second")
+    with pytest.raises(ZeroDivisionError), common.explain("no luck", ValueError):
         _ = 1 / 0
 
 
@@ -207,29 +236,52 @@ def test_the_finite_guard_names_the_first_update_and_its_bad_losses():
     guard.watch(3, good | {"kl": nan, "actor": inf})
     guard.watch(4, dict.fromkeys(good, nan))
     guard.watch(5, good)
-    with pytest.raises(common.NonFiniteError, match=r"^not finite at update 3: kl, actor$"):
+    with pytest.raises(FloatingPointError, match=r"^not finite at update 3: kl, actor$"):
         guard.check()
 
 
 def test_the_finite_guard_sees_the_very_first_update():
     guard = common.FiniteGuard()
     guard.watch(0, {"kl": torch.tensor(float("inf")), "image": torch.tensor(0.0)})
-    with pytest.raises(common.NonFiniteError, match=r"update 0: kl$"):
+    with pytest.raises(FloatingPointError, match=r"update 0: kl$"):
         guard.check()
 
 
-def test_setup_seeds_torch():
+@pytest.fixture
+def settings():
+    """Puts back what setup sets for the whole process."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    draws = []
-    for seed in (7, 7, 8):
-        device = common.setup(seed, cuda=False, deterministic=False, threads=1)
-        draws.append(torch.rand(5))
-    assert torch.get_num_threads() == 1
-    assert device == torch.device("cpu")
-    assert draws[0].equal(draws[1])
-    assert not draws[0].equal(draws[2])
+    rng = common.get_rng()
+    yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
+    common.set_rng(rng)
+
+
+def draw():
+    """A draw from each global generator."""
+    return [*torch.rand(3).tolist(), random.random(), *np.random.rand(3), *np.random.randn(1)]
+
+
+def test_setup_seeds_torch_and_the_global_generators_of_python_and_numpy(settings):
+    draws = []
+    for seed in (7, 7, 2**32 + 8):
+        device = common.setup(seed, cuda=False, deterministic=False, threads=1)
+        draws.append(draw())
+    assert torch.get_num_threads() == 1
+    assert device == torch.device("cpu")
+    assert draws[0] == draws[1]
+    assert not set(draws[0]) & set(draws[2])
+
+
+def test_the_states_of_all_global_generators_come_back_from_a_checkpoint(tmp_path, settings):
+    common.setup(7, cuda=False, deterministic=False, threads=1)
+    draw()  # one of the normal numbers that numpy draws in pairs is left
+    common.save_checkpoint(tmp_path, {}, {"rng": common.get_rng()})
+    undisturbed = [draw() for _ in range(3)]
+    common.setup(8, cuda=False, deterministic=False, threads=1)
+    common.set_rng(common.load_checkpoint(tmp_path, {})["rng"])
+    assert [draw() for _ in range(3)] == undisturbed
 
 
 # When
@@ -247,87 +299,242 @@ def test_crossed_is_true_once_per_multiple_whatever_the_step():
     assert hits == frames[-1] // 50
 
 
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(number, code):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        interrupt = common.Interrupt()
+def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(handlers, number, code):
+    with common.Interrupt() as interrupt:
         assert interrupt.code == 0
         signal.raise_signal(number)
         assert interrupt.code == code
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_failed_environment_ends_the_loop_with_a_line_and_code_1(handlers, capsys):
+    with common.Interrupt() as interrupt:
+        raise common.EnvError("environment 3 failed")
+    assert interrupt.code == 1
+    assert capsys.readouterr().err == "error: environment 3 failed\n"
+    with common.Interrupt() as interrupt:
+        pass
+    assert interrupt.code == 0
+    for kind in (common.UserError, ZeroDivisionError):
+        with pytest.raises(kind), common.Interrupt():
+            raise kind
+
+
+def test_a_signal_that_ends_the_processes_of_environments_too_keeps_its_code(handlers, capsys):
+    with common.Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        raise common.EnvError("its process died")
+    assert interrupt.code == 143
+    assert capsys.readouterr().err == ""
 
 
 # Run folders
 def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = asdict(Args(env_id="ALE/Pong-v5", exp_name="mine", seed=4))
-    run = common.new_run(args)
+    run = common.new_run(args, 0.0)
     assert run.parent == Path("runs")
     assert run.name.split("__")[:3] == ["ALE-Pong-v5", "mine", "4"]
     assert run.name.split("__")[3].isdigit()
     assert yaml.safe_load((run / "args.yaml").read_text()) == args
     assert list(yaml.safe_load((run / "args.yaml").read_text())) == list(args)  # in their order
-    assert common.load_args(run, Args) == args
-    assert "/" not in common.new_run(args | {"env_id": "module:a/B-v0"}).name
+    assert asdict(parse(f"--evaluate {run}")) == args | {"evaluate": str(run)}
+    assert "/" not in common.new_run(args | {"env_id": "module:a/B-v0"}, 0.0).name
+
+
+def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
+        common.new_run(asdict(Args()), 4.0)
+    assert not list(tmp_path.iterdir())
+    assert common.new_run(asdict(Args()), 2.9).exists()
+
+
+def refused(run, match):
+    """Both ways to go on with the run are refused, in one line."""
+    for flag in ("resume", "evaluate"):
+        with pytest.raises(common.UserError, match=match) as error:
+            parse(f"--{flag} {run}")
+        assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_no_run_is_a_user_error(tmp_path, run):
-    with pytest.raises(common.UserError, match="no run folder"):
-        common.load_args(tmp_path / "nowhere", Args)
-    with pytest.raises(common.UserError, match="no run folder"):
-        common.load_args(run / "args.yaml", Args)  # a file
-    for content in (b"a: [1", b"\xff\xfe\xfa"):
+    refused(tmp_path / "nowhere", "nowhere is no run folder")
+    refused(run / "args.yaml", "args.yaml is no run folder")  # a file
+    for content in (b"a: [1", b"\xff\xfe\xfa", b"a: \x00"):
         (run / "args.yaml").write_bytes(content)
-        with pytest.raises(common.UserError, match="no run folder"):
-            common.load_args(run, Args)
-    for content in ("", "3", "[1, 2]", yaml.safe_dump(asdict(Args()) | {"more": 1}), "seed: 1"):
+        refused(run, "no run folder")
+    for content in ("", "3", "[1, 2]"):
         (run / "args.yaml").write_text(content)
-        with pytest.raises(common.UserError, match="another script or version"):
-            common.load_args(run, Args)
+        refused(run, "another script or version")
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": "x"}, {"seed": 1.5}, {"seed": None}, {"seed": [1]}, {"cuda": 1}, {"cuda": "yes"},
+    {"lr": "fast"}, {"lr": None}, {"env_id": 3}, {"env_id": {}}, {"observation": "smell"},
+    {"observation": None}, {"sticky_prob": "often"}, {"more": 1}, {3: 4},
+])  # fmt: skip
+def test_args_of_a_wrong_type_or_choice_are_a_user_error_that_names_them(run, change):
+    args = asdict(Args()) | change
+    (run / "args.yaml").write_text(yaml.safe_dump(args))
+    refused(run, f"{run} is a run of another script or version: .*{next(iter(change))}")
+
+
+@pytest.mark.parametrize("name", asdict(Args()))
+def test_a_missing_arg_is_a_user_error_that_names_it(run, name):
+    args = asdict(Args())
+    del args[name]
+    (run / "args.yaml").write_text(yaml.safe_dump(args))
+    refused(run, f"another script or version: .*{name}")
+
+
+def test_an_integer_will_do_for_a_real_number(run):
+    (run / "args.yaml").write_text(yaml.safe_dump(asdict(Args()) | {"lr": 1, "sticky_prob": 0}))
+    assert parse(f"--resume {run}").lr == 1
 
 
 def test_args_yaml_executes_nothing(run):
     (run / "args.yaml").write_text(f"!!python/object/apply:os.mkdir ['{run}/pwned']")
-    with pytest.raises(common.UserError, match="no run folder"):
-        common.load_args(run, Args)
+    refused(run, "no run folder")
     assert not (run / "pwned").exists()
 
 
+# Checkpoints
+class Part:
+    """Something that has a state, a number."""
+
+    def __init__(self, number=None):
+        self.number = number
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, state):
+        self.number = state["number"]
+
+
+def saved(run, *numbers):
+    """The folder after a checkpoint with each of the numbers."""
+    for number in numbers:
+        weights = torch.full((1000,), float(number))
+        common.save_checkpoint(run, {"part": Part(number)}, {"weights": weights})
+    return run
+
+
+def loaded(run):
+    """The number of the checkpoint that a resumed run takes."""
+    state = common.load_checkpoint(run, {"part": (part := Part())})
+    assert set(state["weights"].tolist()) == {float(part.number)}
+    assert state["part"] == {"number": part.number}
+    return part.number
+
+
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    common.opt_step(optimizer, model(torch.ones(5, 3)).sum(), 100.0)
+    def make():
+        model = nn.Linear(3, 2)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+    parts, same = make(), make()
+    common.opt_step(parts["optimizer"], parts["model"](torch.ones(5, 3)).sum(), 100.0)
     rng = np.random.default_rng(0).bit_generator.state
-    state = {"counters": {"step": 3, "episodes": [1, 2]}, "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "replay": rng,
-             "seconds": 1.5}  # fmt: skip
-    common.save_checkpoint(tmp_path, state)
+    more = {"counters": (3, [1, 2], 1.5), "replay": rng, "metrics": {"kl": torch.tensor(2.0)}}
+    common.save_checkpoint(tmp_path, parts, more)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    loaded = common.load_checkpoint(tmp_path, torch.device("cpu"))
-    for key in ("counters", "replay", "seconds"):
-        assert loaded[key] == state[key]
-    assert loaded["rng"].equal(state["rng"])
-    model.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    torch.testing.assert_close(loaded["optimizer"], state["optimizer"])
+    state = common.load_checkpoint(tmp_path, same)
+    assert {key: state[key] for key in more} == more
+    for key, part in parts.items():
+        torch.testing.assert_close(same[key].state_dict(), part.state_dict())
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    saved(tmp_path, 1, 2, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.old.pt"}
+    assert loaded(tmp_path) == 3
+    (tmp_path / "checkpoint.pt").unlink()
+    assert loaded(tmp_path) == 2
+
+
+def flip(whole):
+    """One bit of the tensor."""
+    middle = whole.index(torch.full((9,), 2.0).numpy().tobytes()) + 1000
+    return whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+
+
+DAMAGE = [
+    flip, lambda whole: b"", lambda whole: b"hello", lambda whole: whole[: len(whole) // 2],
+    lambda whole: whole[:-1], lambda whole: whole[100:], lambda whole: bytes(len(whole)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(tmp_path, capsys, damage):
+    path = saved(tmp_path, 1, 2) / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    assert loaded(tmp_path) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} cannot be used: ")
+    saved(tmp_path, 3)  # the good one is not thrown away before there is a new one
+    assert loaded(tmp_path) == 3
+
+
+def test_a_checkpoint_of_other_parts_is_not_taken(tmp_path, capsys):
+    parts = {"model": nn.Linear(3, 2)}
+    common.save_checkpoint(tmp_path, parts, {})
+    common.save_checkpoint(tmp_path, {"model": nn.Linear(3, 4)}, {})
+    common.load_checkpoint(tmp_path, same := {"model": nn.Linear(3, 2)})
+    assert same["model"].weight.equal(parts["model"].weight)
+    assert "cannot be used" in capsys.readouterr().err
+    for state in ({}, {"weights": 3}):  # a part is missing
+        (tmp_path / "checkpoint.old.pt").unlink(missing_ok=True)
+        common.save_checkpoint(tmp_path, {}, state)
+    with pytest.raises(common.UserError, match="no checkpoint can be read"):
+        common.load_checkpoint(tmp_path, same)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_crash_between_the_renames_leaves_a_usable_checkpoint(tmp_path, monkeypatch, renames):
+    saved(tmp_path, 1, 2)
+    rename, done = Path.replace, []
+
+    def crashing(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crashing)
+        with pytest.raises(KeyboardInterrupt) if renames < 2 else contextlib.nullcontext():
+            saved(tmp_path, 3)
+    assert loaded(tmp_path) == (3 if renames else 2)
+    assert loaded(saved(tmp_path, 4)) == 4
+    assert not (tmp_path / "checkpoint.new.pt").exists()
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    common.save_checkpoint(tmp_path, {"step": 1})
-
     def half(state, file):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError("broken")
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
-        common.save_checkpoint(tmp_path, {"step": 2})
-    assert common.load_checkpoint(tmp_path, "cpu") == {"step": 1}
+    saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="broken"):
+            saved(tmp_path, 2)
+    assert loaded(tmp_path) == 1
 
 
 class Malicious:
@@ -341,21 +548,59 @@ class Malicious:
 @pytest.mark.parametrize("save", [torch.save, lambda x, f: f.write(pickle.dumps(x))])
 def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path, save):
     with open(tmp_path / "checkpoint.pt", "wb") as file:
-        save({"step": Malicious(str(tmp_path / "pwned"))}, file)
+        save({"part": Malicious(str(tmp_path / "pwned"))}, file)
     with pytest.raises(common.UserError, match="no checkpoint can be read"):
-        common.load_checkpoint(tmp_path, "cpu")
+        loaded(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_missing_or_broken_checkpoint_is_a_user_error(tmp_path):
-    with pytest.raises(common.UserError, match="no checkpoint"):
-        common.load_checkpoint(tmp_path, "cpu")
-    common.save_checkpoint(tmp_path, {"x": torch.zeros(1000)})
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for content in (b"", b"hello", whole[: len(whole) // 2]):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(common.UserError, match="no checkpoint can be read"):
-            common.load_checkpoint(tmp_path, "cpu")
+@pytest.mark.parametrize("damage", DAMAGE[1:])
+def test_without_any_whole_checkpoint_there_is_a_user_error(tmp_path, damage):
+    with pytest.raises(common.UserError, match=f"no checkpoint can be read in {tmp_path}"):
+        loaded(tmp_path)
+    saved(tmp_path, 1, 2)
+    (tmp_path / "checkpoint.new.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes())
+    for path in tmp_path.iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(common.UserError, match=f"no checkpoint can be read in {tmp_path}"):
+        loaded(tmp_path)
+
+
+# A full disk
+def full_disk(function, capsys):
+    """Runs it as a script would; it must exit with code 1 and one line about the disk."""
+    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+        function()
+    assert stop.value.code == 1
+    lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)]
+    lines = [line for line in lines if line and "frames/s" not in line]  # without the bar
+    assert lines == ["error: no space left on the disk; the last checkpoint can be resumed"]
+
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("numbers", [(), (1,), (1, 2)])
+def test_a_full_disk_at_a_checkpoint_leaves_the_last_one(tmp_path, capsys, numbers):
+    saved(tmp_path, *numbers)
+    (tmp_path / "checkpoint.new.pt").symlink_to("/dev/full")
+    full_disk(lambda: saved(tmp_path, 3), capsys)
+    (tmp_path / "checkpoint.new.pt").unlink()
+    if numbers:
+        assert loaded(tmp_path) == numbers[-1]
+        assert loaded(saved(tmp_path, 3)) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_that_torch_hides_in_its_own_error_is_seen(tmp_path, capsys, number):
+    def save():
+        try:
+            raise OSError(number, "full")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    full_disk(save, capsys)
 
 
 # Logs
@@ -364,6 +609,30 @@ def logger(run):
     logger = common.Logger(run, asdict(Args(total_frames=40)))
     yield logger
     close(logger)
+
+
+@needs_full
+@pytest.mark.parametrize("sink", ["metrics.jsonl", "TensorBoard"])
+def test_a_full_disk_at_a_log_is_one_line(run, capsys, sink):
+    logger = common.Logger(run, asdict(Args(total_frames=40)))
+
+    def log():
+        for frames in range(100):  # TensorBoard writes in a thread of its own
+            logger.log({"losses/kl": 1.0}, frames, 2)
+            logger.writer.flush()
+
+    logger.writer.flush()
+    if sink == "TensorBoard":
+        [path] = run.glob("events.*")
+        path.unlink()
+        path.symlink_to("/dev/full")
+    else:
+        logger.file.close()
+        logger.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    full_disk(log, capsys)
+    for closing in (logger.bar, logger.file, logger.writer):
+        with contextlib.suppress(OSError):
+            closing.close()
 
 
 def events(run):
@@ -400,25 +669,63 @@ def test_tensorboard_reads_the_same_numbers(run, logger):
     assert "|env_id|PongNoFrameskip-v4|" in text.tensor_proto.string_val[0].decode()
 
 
+def resumed_log(run, size):
+    """Goes on with the log of a checkpoint at frame 8 and adds a row -> its lines."""
+    again = common.Logger(run, asdict(Args(total_frames=40)), 8, 2, 1000.0, size)
+    again.log({"losses/kl": 2.0}, 12, 3)
+    assert again.bar.n == 8
+    close(again)
+    return (run / "metrics.jsonl").read_bytes().splitlines()
+
+
 def test_a_resumed_log_goes_on_where_it_was(run, logger):
     logger.log({"losses/kl": 1.0}, 8, 2)
-    again = common.Logger(run, asdict(Args(total_frames=40)), frames=8, seconds=1000.0)
-    again.log({"losses/kl": 2.0}, 12, 3)
+    resumed_log(run, logger.file.tell())
     assert [row["frames"] for row in rows(run)] == [8, 12]
     assert 1000 <= rows(run)[1]["seconds"] < 1060
-    assert again.bar.n == 8
-    again.writer.flush()
     logger.writer.flush()
     assert [point.step for point in events(run).Scalars("losses/kl")] == [8, 12]
-    close(again)
+
+
+@pytest.mark.parametrize("after", [
+    "", '{"frames": 9, "updates": 2}\n', '{"frames": 9, "upda', "\n\n", "{broken}\n{}\n3\n",
+    '{"frames": 9, "upd{"frames": 10, "updates": 3}\n', "\xff\xfe\x00\x80",
+])  # fmt: skip
+def test_rows_and_rubbish_from_after_the_checkpoint_are_cut_off(run, logger, after):
+    logger.log({"losses/kl": 1.0}, 8, 2)
+    size = logger.file.tell()
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(after.encode("latin-1"))
+    resumed_log(run, size)
+    assert [row["frames"] for row in rows(run)] == [8, 12]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"frames": 8}\n'])
+def test_a_log_that_has_lost_rows_of_the_checkpoint_goes_on(run, logger, content):
+    for frames in range(1, 9):
+        logger.log({"losses/kl": 1.0}, frames, 2)
+    path, size = run / "metrics.jsonl", logger.file.tell()
+    path.unlink() if content is None else path.write_bytes(content)
+    resumed_log(run, size)
+    assert [row["frames"] for row in rows(run)] == ([8, 12] if content else [12])
+
+
+def test_broken_bytes_from_before_the_checkpoint_stop_no_resumed_run(run, logger):
+    logger.log({"losses/kl": 1.0}, 8, 2)
+    path = run / "metrics.jsonl"
+    path.write_bytes(b"\xff\xfe\n{broken\n" + path.read_bytes())
+    first, second, *whole = resumed_log(run, path.stat().st_size)
+    assert (first, second) == (b"\xff\xfe", b"{broken")
+    assert [json.loads(line)["frames"] for line in whole] == [8, 12]
 
 
 def test_speed_is_since_it_was_asked_last(logger, monkeypatch):
-    now = iter([10.0, 14.0, 22.0])
-    monkeypatch.setattr(logger, "seconds", lambda: next(now))
-    logger.speed(100, 10)
-    assert logger.speed(300, 30) == {"charts/SPS": 50, "time/updates_per_second": 5}
-    assert logger.speed(300, 46) == {"charts/SPS": 0, "time/updates_per_second": 2}
+    now = iter(logger.began + np.array([10.0, 14.0, 22.0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(common.time, "time", lambda: next(now))
+        speeds = [logger.speed(*counts) for counts in ((100, 10), (300, 30), (300, 46))]
+    assert speeds[1] == pytest.approx({"charts/SPS": 50, "time/updates_per_second": 5})
+    assert speeds[2] == pytest.approx({"charts/SPS": 0, "time/updates_per_second": 2})
 
 
 @pytest.mark.parametrize("shape", [(6, 20, 30), (6, 20, 30, 3)])
@@ -438,17 +745,183 @@ def test_a_video_is_in_the_run_folder_and_in_tensorboard(run, logger, shape):
     assert shown.encoded_image_string == path.read_bytes()
 
 
-def test_tile_puts_the_videos_of_a_batch_side_by_side():
-    video = torch.rand(4, 3, 1, 5, 7) * 1.4 - 0.2  # (T, B, C, H, W), beyond [0, 1] as well
-    video[2, 1, 0, 3, 4], video[2, 1, 0, 3, 5] = 5.0, -5.0
-    tiled = common.tile(video)
-    assert tiled.shape == (4, 5, 21)
-    assert tiled.dtype == np.uint8
-    for b in range(3):
-        part = tiled[:, :, 7 * b : 7 * b + 7].astype(float)
-        assert abs(part - video[:, b, 0].clamp(0, 1).numpy() * 255).max() <= 1
-    assert (tiled[2, 3, 7 + 4], tiled[2, 3, 7 + 5]) == (255, 0)
-    assert common.tile(torch.rand(4, 2, 3, 5, 7)).shape == (4, 5, 14, 3)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tensor_is_filmed_with_the_videos_of_its_batch_side_by_side(tmp_path, channels):
+    video = torch.rand(4, 3, channels, 20, 30) * 1.4 - 0.2  # (T, B, C, H, W), beyond [0, 1] too
+    common.save_gif(tmp_path / "videos" / "some.gif", video)
+    with Image.open(tmp_path / "videos" / "some.gif") as image:
+        assert (image.n_frames, image.size) == (4, (90, 20))
+        image.seek(2)
+        frame = np.asarray(image.convert("RGB" if channels == 3 else "L")).astype(float)
+    wanted = (video[2].clamp(0, 1) * 255).numpy()  # (B, C, H, W)
+    wanted = np.hstack(list(wanted.transpose(0, 2, 3, 1))).squeeze()
+    if channels == 1:
+        assert abs(frame - wanted).max() <= 1
+    else:  # a GIF has 256 colors
+        assert abs(frame - wanted).mean() < 40
+        assert np.corrcoef(frame.ravel(), wanted.ravel())[0, 1] > 0.9
+
+
+# Environments that fail
+FAILING = """
+import os
+import signal
+
+import gymnasium as gym
+import numpy as np
+
+
+class Failing(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, moment, how):
+        self.moment, self.how = moment, how
+
+    def reset(self, *, seed=None, options=None):
+        self.fatal, self.time = seed == {fatal}, 0
+        self.fail("reset")
+        return np.zeros(2, np.float32), {{}}
+
+    def step(self, action):
+        self.time += 1
+        if self.time == 3:
+            self.fail("step")
+        return np.zeros(2, np.float32), 1.0, self.time == 4, False, {{}}
+
+    def fail(self, moment):
+        if self.fatal and self.moment == moment:
+            if self.how == "raise":
+                raise ZeroDivisionError("first\\n  second")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+for moment in ("reset", "step"):
+    for how in ("raise", "die"):
+        kwargs = {{"moment": moment, "how": how}}
+        gym.register(f"{{moment}}-{{how}}-v0", Failing, kwargs=kwargs)
+"""
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """Makes a vector of environments, of which one fails in episode 2: function of its index."""
+    made = []
+
+    def make(name, index, num_envs=3, parallel=False):
+        fatal = int(np.random.SeedSequence([5, index, 2]).generate_state(1)[0]) >> 1
+        (tmp_path / "failing.py").write_text(FAILING.format(fatal=fatal))
+        made.append(common.make_envs(num_envs, parallel, env_id=f"failing:{name}", seed=5))
+        return made[-1]
+
+    monkeypatch.syspath_prepend(tmp_path)
+    level = gym.logger.min_level
+    yield make
+    gym.logger.min_level = level
+    sys.modules.pop("failing", None)
+    for name in [name for name in gym.registry if name.endswith(("-raise-v0", "-die-v0"))]:
+        del gym.registry[name]
+    for envs in made:
+        envs.close()
+        for process in getattr(envs, "processes", ()):
+            process.kill()
+            process.join()
+
+
+def play_until_it_fails(envs):
+    """Random play; it must end with an EnvError -> its text, one line."""
+    rng, done = np.random.default_rng(0), np.ones(envs.num_envs, bool)
+    try:
+        for _ in range(50):
+            _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+    except common.EnvError as error:
+        return str(error)
+    raise AssertionError("no environment failed")
+
+
+@pytest.mark.parametrize("moment", ["reset", "step"])
+@pytest.mark.parametrize("index", [0, 2])
+def test_an_environment_that_fails_is_named(failing, moment, index):
+    text = play_until_it_fails(failing(f"{moment}-raise-v0", index))
+    which = f"environment {index} of {moment}-raise-v0 (seed 5, episode 2)"
+    assert text == f"{which} failed: ZeroDivisionError: first second"
+
+
+def test_an_environment_that_fails_to_draw_is_named(monkeypatch):
+    def draw(env):
+        raise RuntimeError("no screen")
+
+    envs = common.make_envs(2, env_id="CartPole-v1", seed=5, observation="pixels")
+    monkeypatch.setattr(type(envs.envs[1].unwrapped), "render", draw)
+    with pytest.raises(common.EnvError, match=r"environment 0 of CartPole-v1 \(seed 5, episode 0"):
+        common.reset_rows(envs)
+    envs.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["reset", "step"])
+def test_an_environment_that_fails_in_a_process_of_its_own_is_named(failing, moment):
+    envs = failing(f"{moment}-raise-v0", 1, 2, parallel=True)
+    text = play_until_it_fails(envs)
+    which = f"environment 1 of {moment}-raise-v0 (seed 5, episode 2)"
+    assert text == f"{which} failed: ZeroDivisionError: first second"
+    envs.close()  # does not wait for the one that failed
+    assert not any(process.is_alive() for process in envs.processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "index"), [("reset", 1), ("step", 0), ("step", 1)])
+def test_a_process_that_dies_is_named(failing, moment, index):
+    envs = failing(f"{moment}-die-v0", index, 2, parallel=True)
+    text = play_until_it_fails(envs)
+    which = f"environment {index} of failing:{moment}-die-v0 (seed 5, episode 2)"
+    assert text == f"{which} failed: ChildProcessError: its process died"
+    began = time.monotonic()
+    envs.close()  # does not wait for an answer of the dead
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_between_steps_is_named(failing):
+    envs = failing("step-raise-v0", 0, 2, parallel=True)
+    common.reset_rows(envs)
+    envs.processes[1].kill()
+    envs.processes[1].join()
+    with pytest.raises(common.EnvError, match=r"environment 1 .*seed 5, episode 0.* died"):
+        common.step_rows(envs, np.eye(2), np.zeros(2, bool))
+    envs.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["raise SystemExit", "os.kill(os.getpid(), 9)"])
+def test_a_process_that_ends_leaves_no_orphans(tmp_path, end):
+    code = f"""
+import os, common, numpy as np
+if __name__ == "__main__":
+    envs = common.make_envs(2, True, env_id="CartPole-v1", seed=1)
+    common.reset_rows(envs)
+    print(*[process.pid for process in envs.processes], flush=True)
+    if "9" not in {end!r}:
+        envs.processes[0].kill()
+        envs.processes[0].join()
+        try:
+            common.step_rows(envs, np.eye(2), np.zeros(2, bool))
+        except common.EnvError:
+            print("failed", flush=True)
+    {end}
+"""
+    (tmp_path / "main.py").write_text(code)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "main.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    pids, *failed = result.stdout.splitlines()
+    assert failed == ([] if "kill" in end else ["failed"])
+    assert "kill" in end or "Traceback" not in result.stderr
+    wait = time.monotonic() + 60
+    while alive := [pid for pid in pids.split() if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < wait, alive
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("script", ["dreamerv1", "dreamerv2"])

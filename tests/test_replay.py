@@ -1,7 +1,9 @@
 """Replay: which rows it keeps, which windows it draws, and what it leaves on the disk."""
 
 import os
-from collections import Counter, namedtuple
+import shutil
+import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ SHAPES = {
     "is_first": ((), np.float32),
     "is_terminal": ((), np.float32),
 }
+FILES = {"lock", *(f"{name}.npy" for name in (*SHAPES, "written"))}
 
 
 def make_row(number, num_envs=3, first=()):
@@ -186,19 +189,10 @@ def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
     envs.close()
 
 
-def test_a_disk_that_is_too_small_is_a_user_error(monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
-    shapes = {"image": ((1, 64, 64), np.uint8), "reward": ((), np.float32)}
-    common.check_disk(shapes, 2**18)  # 1 GiB
-    with pytest.raises(common.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
-        common.check_disk(shapes, 2**20)
-
-
 def test_files_of_another_shape_are_a_user_error(tmp_path):
-    filled(tmp_path, 10, 5)
-    with pytest.raises(common.UserError, match="npy"):
-        common.Replay(tmp_path, 10, SHAPES, 4, 0)
+    state = filled(tmp_path, 10, 5).state_dict()
+    with pytest.raises(common.UserError, match=r"vector\.npy holds no \(10, 4, 2\) float32"):
+        common.Replay(tmp_path, 10, SHAPES, 4, 0, state)
 
 
 def anonymous_memory():
@@ -228,9 +222,27 @@ def test_drawing_takes_no_memory_that_the_system_cannot_take_back(tmp_path):
 # Resume
 def resume(folder, capacity, state):
     """The replay of a process that goes on after a checkpoint."""
-    replay = common.Replay(folder, capacity, SHAPES, 3, 12)
-    replay.load_state_dict(state)
-    return replay
+    return common.Replay(folder, capacity, SHAPES, 3, 12, state)
+
+
+def starts(rows, length):
+    """The (first row, environment) of all windows in the rows, a range."""
+    return {(row, env) for row in rows[: len(rows) - length + 1] for env in range(3)}
+
+
+def in_another_process(function):
+    """Runs it in a fork of this process -> the name and text of its error, or how it died."""
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            function()
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writer)
+    died = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with os.fdopen(reader) as file:
+        return file.read() if died == 0 else str(died)
 
 
 def test_a_resumed_replay_draws_what_the_undisturbed_one_would_have(tmp_path):
@@ -238,19 +250,17 @@ def test_a_resumed_replay_draws_what_the_undisturbed_one_would_have(tmp_path):
     replay.sample(9, 5)
     state = replay.state_dict()
     undisturbed = replay.sample(9, 5)["vector"]
-    resumed = resume(tmp_path, 99, state)
+    resumed = resume(tmp_path, 40, state)
     assert (resumed.capacity, resumed.start, resumed.end) == (40, 17, 57)
     assert resumed.sample(9, 5)["vector"].equal(undisturbed)
     resumed.add(make_row(57))
-    assert set(windows(resumed, 60, 101, 7)) == {
-        (row, env) for row in range(18, 58 - 6) for env in range(3)
-    }
+    assert set(windows(resumed, 60, 101, 7)) == starts(range(18, 58), 7)
 
 
 def test_a_checkpoint_can_carry_the_state(tmp_path):
     replay = filled(tmp_path, 40, 57)
-    common.save_checkpoint(tmp_path, {"replay": replay.state_dict()})
-    state = common.load_checkpoint(tmp_path, "cpu")["replay"]
+    common.save_checkpoint(tmp_path, {}, {"replay": replay.state_dict()})
+    state = common.load_checkpoint(tmp_path, {})["replay"]
     resumed = resume(tmp_path, 40, state)
     assert resumed.sample(9, 5)["vector"].equal(replay.sample(9, 5)["vector"])
 
@@ -316,13 +326,155 @@ def test_a_state_never_knows_more_rows_than_the_disk_holds(tmp_path, monkeypatch
     assert names == {f"{name}.npy" for name in (*SHAPES, "written")}
 
 
-def test_a_checkpoint_without_its_rows_is_a_user_error(tmp_path):
-    envs = common.make_envs(2, env_id="CartPole-v1", seed=1)
-    shapes, row = common.row_shapes(envs), common.reset_rows(envs)
-    replay = common.Replay(tmp_path / "whole", 10, shapes, 2, 0)
-    for _ in range(3):
-        replay.add(row)
+def test_a_second_crash_before_the_next_checkpoint_brings_no_row_back(tmp_path):
+    replay = filled(tmp_path, 40, 57)  # rows 17..56
     state = replay.state_dict()
+    for number in range(57, 70):  # which overwrite rows 17..29
+        replay.add(make_row(1000 + number))
+    for capacity in (40, 40, 90, 90):
+        again = resume(tmp_path, capacity, state)
+        assert (again.start, again.end, again.capacity) == (30, 57, capacity)
+        assert set(windows(again, 40, 101, 7)) == starts(range(30, 57), 7)
+        for number in range(57, 60):
+            again.add(make_row(2000 + number))
+
+
+def test_an_older_checkpoint_knows_rows_that_a_newer_one_has_lost(tmp_path):
+    replay = filled(tmp_path, 40, 50)  # rows 10..49
+    older = replay.state_dict()
+    for number in range(50, 57):
+        replay.add(make_row(number))
+    resumed = resume(tmp_path, 40, older)
+    assert (resumed.start, resumed.end) == (17, 50)
+    assert set(windows(resumed, 40, 101, 7)) == starts(range(17, 50), 7)
+
+
+# Growth
+@pytest.mark.parametrize("rows", [5, 39, 40, 41, 57, 80, 133])
+@pytest.mark.parametrize("capacity", [41, 57, 80, 100])
+def test_a_longer_run_has_more_rows_and_keeps_those_from_before(tmp_path, rows, capacity):
+    replay = filled(tmp_path, 40, rows, first=lambda: {35: (1,)})
+    state = replay.state_dict()
+    undisturbed, oldest = replay.sample(9, 3)["vector"], max(0, rows - 40)
+    grown = resume(tmp_path, capacity, state)
+    assert (grown.capacity, grown.start, grown.end) == (capacity, oldest, rows)
+    assert grown.sample(9, 3)["vector"].equal(undisturbed)
+    assert set(windows(grown, 60, 101, 3)) == starts(range(oldest, rows), 3)
+    for number in range(rows, rows + 30):
+        grown.add(make_row(number))
+    oldest = max(oldest, rows + 30 - capacity)
+    assert set(windows(grown, 60, 101, 3)) == starts(range(oldest, rows + 30), 3)
+    again = resume(tmp_path, capacity, grown.state_dict())
+    assert set(windows(again, 60, 101, 3)) == starts(range(oldest, rows + 30), 3)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_replay_never_shrinks(tmp_path):
+    state = filled(tmp_path, 40, 57).state_dict()
+    resumed = resume(tmp_path, 20, state)
+    assert (resumed.capacity, resumed.start) == (40, 17)
+    assert set(windows(resumed, 40, 101, 7)) == starts(range(17, 57), 7)
+
+
+def test_grown_files_are_really_allocated_and_of_the_size_asked_for(tmp_path):
+    state = filled(tmp_path, 40, 57).state_dict()
+    resume(tmp_path, 4096, state)
+    for name, (shape, dtype) in SHAPES.items():
+        stat = (tmp_path / f"{name}.npy").stat()
+        size = 4096 * 3 * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert size < stat.st_size < size + 256
+        assert stat.st_blocks * 512 >= stat.st_size
+
+
+@pytest.mark.parametrize("capacity", [40, 70, 80, 100])
+@pytest.mark.parametrize("moment", ["before a rename", "after a rename"])
+def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, monkeypatch, moment, capacity):
+    replay = filled(tmp_path / "0", 40, 57)
+    state, rename = replay.state_dict(), Path.replace
+    for number in range(57, 61):  # after the checkpoint; they overwrite rows 17..20
+        replay.add(make_row(1000 + number))
+
+    def dying(path, target):
+        calls.append(path)
+        if moment == "after a rename":
+            rename(path, target)
+        if len(calls) > survived:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target) if moment == "before a rename" else target
+
+    for survived in range(len(SHAPES)):
+        folder, calls = tmp_path / f"{survived + 1}", []
+        shutil.copytree(tmp_path / "0", folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            assert in_another_process(lambda: resume(folder, 80, state)) == "-9"  # noqa: B023
+        resumed = resume(folder, capacity, state)
+        assert resumed.capacity == max(80, capacity)
+        assert {len(data) for data in resumed.data.values()} == {resumed.capacity}
+        assert set(windows(resumed, 40, 101, 7)) == starts(range(21, 57), 7)
+
+
+# What is missing or damaged
+def test_a_checkpoint_without_its_rows_is_a_user_error(tmp_path):
+    state = filled(tmp_path, 10, 3).state_dict()
     with pytest.raises(common.UserError, match="lacks rows"):
-        common.Replay(tmp_path / "empty", 10, shapes, 2, 0).load_state_dict(state)
-    envs.close()
+        resume(tmp_path, 10, state | {"end": 4})
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "written"])
+def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name):
+    state = filled(tmp_path, 40, 57).state_dict()
+    (tmp_path / f"{name}.npy").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(common.UserError, match=rf"{name}\.npy holds no .*FileNotFoundError"):
+        resume(tmp_path, 80, state)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    # The others may have grown by then, and all of them know to which size.
+    assert changed <= FILES - {f"{name}.npy"}
+    if name == "written":
+        assert changed == set()
+
+
+def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
+    state = filled(tmp_path, 10, 3).state_dict()
+    with pytest.raises(common.UserError, match="written"):
+        resume(tmp_path / "elsewhere", 10, state)
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} <= {"lock"}
+
+
+@pytest.mark.parametrize("name", ["vector", "written"])
+@pytest.mark.parametrize("content", [
+    lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: b"hello",
+    lambda whole: b"PK\x03\x04" + whole, lambda whole: whole[:10] + b"'" + whole[11:],
+    lambda whole: whole.replace(b"shape", b"shade"),
+    lambda whole: np.lib.format.MAGIC_PREFIX + b"\x07\x00" + whole[8:],
+])  # fmt: skip
+def test_a_damaged_file_is_a_user_error_of_one_line(tmp_path, name, content):
+    state, path = filled(tmp_path, 40, 57).state_dict(), tmp_path / f"{name}.npy"
+    path.write_bytes(damaged := content(path.read_bytes()))
+    with pytest.raises(common.UserError, match=rf"{name}\.npy holds no") as error:
+        resume(tmp_path, 40, state)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == damaged
+
+
+# One process
+def test_another_process_in_the_same_folder_is_refused_in_one_line(tmp_path):
+    replay = filled(tmp_path / "run", 10, 5)
+    state = replay.state_dict()
+    error = in_another_process(lambda: resume(tmp_path / "run", 10, state))
+    assert error.startswith(f"UserError: another process trains in {tmp_path}")
+    assert "\n" not in error
+    assert in_another_process(lambda: filled(tmp_path / "other", 10, 5)) == ""
+
+
+def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
+    def die():
+        filled(tmp_path, 10, 5).state_dict()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_another_process(die) == "-9"
+    assert (tmp_path / "lock").exists()
+    state = {"start": 0, "end": 5, "rng": np.random.default_rng(0).bit_generator.state}
+    assert len(resume(tmp_path, 10, state)) == 5

@@ -1,0 +1,267 @@
+"""What survives what: stops, kills, damaged and foreign files, failing environments."""
+
+import importlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
+TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
+    --pretrain 2 --prefill 200 --eval-episodes 2 --threads 1 --imag-horizon 3"""
+CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}
+
+
+def play(script, flags, code=0):
+    """A run in this process and folder, as from the command line; SystemExit has the code."""
+    module = importlib.import_module(Path(script).stem)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as exit_, common.exit_on_error():
+            module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
+            sys.exit(0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert code is None or exit_.value.code == code
+    return exit_.value.code or 0
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+
+
+# Stopped and resumed
+SCHEDULE = {  # both make an update of the middle of a burst their tenth, after frame 300
+    "dreamerv1.py": "--train-every 50 --train-steps 4",
+    "dreamerv2.py": "--train-every 50 --slow-update 3",
+}
+EXACT = ["--env-id MountainCar-v0", "--env-id Pendulum-v1", "--env-id Pendulum-v1 --pixels"]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
+    script, kind, tmp_path, monkeypatch
+):
+    """Both end their episodes as truncated after frame 300: one by its time limit of 50 frames."""
+    module = importlib.import_module(Path(script).stem)
+    flags = f"{TINY} {SCHEDULE[script]} {kind} --time-limit 50 --log-every 50 --eval-every 100"
+    flags += " --video-every 100 --total-frames 500"
+    folders = []
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "whole":
+            play(script, flags)
+        else:
+            update, calls = module.update, []
+
+            def stop_in_the_middle(*args, update=update, calls=calls):
+                calls.append(1)
+                if len(calls) == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return update(*args)
+
+            # The update after which frame 300 is still the last one.
+            frames_of = {row["updates"]: row["frames"] for row in folders[0] if "losses/kl" in row}
+            stop_at = max(u for u, frames in frames_of.items() if frames == 300)
+            stop_at -= script == "dreamerv1.py"  # with updates of this burst to come
+            monkeypatch.setattr(module, "update", stop_in_the_middle)
+            play(script, flags, 143)
+            monkeypatch.setattr(module, "update", update)
+            [folder] = Path("runs").iterdir()
+            saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+            assert saved["counters"][:2] == (300, stop_at)
+            play(script, f"--resume {folder}")
+        [folder] = Path("runs").iterdir()
+        folders.append(metrics(folder))
+    whole, stopped = folders
+    assert whole[-1]["frames"] == 500
+    assert len(whole) == len(stopped)
+    for ours, theirs in zip(stopped, whole, strict=True):
+        assert ours == theirs  # to the last bit
+
+
+# Damaged folders
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def flip(path, rng):
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.choice([1, 3, 30])):
+        if data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path, rng):
+    path.write_bytes(path.read_bytes()[: rng.randrange(max(1, path.stat().st_size))])
+
+
+def append(path, rng):
+    path.write_bytes(path.read_bytes() + rng.randbytes(rng.choice([1, 100])))
+
+
+def noise(path, rng):
+    path.write_bytes(rng.randbytes(200))
+
+
+def malicious(path, rng):
+    evil = Malicious(path.parent.absolute() / "pwned")
+    if rng.random() < 0.5:
+        torch.save({"agent": evil, "counters": evil}, path)
+    elif path.suffix == ".yaml":
+        path.write_text(f"!!python/object/apply:os.system ['touch {evil.path}']")
+    elif path.suffix == ".npy":
+        np.save(path, np.array([evil], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(pickle.dumps(evil))
+
+
+def swap(path, rng):
+    other = rng.choice([p for p in path.parent.iterdir() if p.is_file() and p != path])
+    a, b = path.read_bytes(), other.read_bytes()
+    path.write_bytes(b)
+    other.write_bytes(a)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": truncate,
+    "emptied": lambda path, rng: path.write_bytes(b""),
+    "removed": lambda path, rng: path.unlink(),
+    "appended": append,
+    "noise": noise,
+    "malicious": malicious,
+    "swapped": swap,
+}
+FILES = ["args.yaml", "checkpoint.pt", "checkpoint.pt", "metrics.jsonl", "replay/action.npy"]
+FILES += ["replay/is_first.npy", "replay/vector.npy", "replay/written.npy", "replay/reward.npy"]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def runs(request, tmp_path_factory):
+    """Finished runs: of the script, of another environment, and of the other script."""
+    cwd, script = tmp_path_factory.mktemp("runs"), request.param
+    [other] = set(SCRIPTS) - {script}
+    before = os.getcwd()
+    os.chdir(cwd)
+    try:
+        folders = {}
+        for name, which, env_id in (
+            ("ours", script, "Acrobot-v1"),
+            ("env", script, "Pendulum-v1"),
+            ("script", other, "Acrobot-v1"),
+        ):
+            flags = f"{TINY} {SCHEDULE[which]} --env-id {env_id} --total-frames 300"
+            play(which, f"{flags} --checkpoint-every 250 --exp-name {name}")
+            [folders[name]] = Path("runs").glob(f"*__{name}__*")
+        yield script, {name: cwd / folder for name, folder in folders.items()}
+    finally:
+        os.chdir(before)
+
+
+def resume_and_evaluate(script, folder, capsys, code=None):
+    """Both end with one clear line or well; -> code of resume, what was printed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numbers that overflow
+        played = play(script, f"--evaluate {folder}", None)
+        resumed = play(script, f"--resume {folder} --total-frames 340", code)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert played in (0, 1, 2)
+    assert resumed in (0, 1, 2)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == sum(bool(code) for code in (played, resumed)), err
+    return resumed, out + err
+
+
+def damage_some(runs, numbers, tmp_path, capsys):
+    script, folders = runs
+    names, codes = list(DAMAGES), []
+    for number in numbers:
+        rng, folder = random.Random(number), tmp_path / str(number)
+        shutil.copytree(folders["ours"], folder)
+        kind, file = names[number % len(names)], FILES[number // len(names) % len(FILES)]
+        DAMAGES[kind](folder / file, rng)
+        codes.append(resume_and_evaluate(script, folder, capsys)[0])
+        assert not list(folder.rglob("pwned")), (kind, file)
+        if file == "checkpoint.pt" and kind != "appended":
+            assert codes[-1] in (0, 2), (kind, number)
+        shutil.rmtree(folder)
+    return codes
+
+
+def test_a_damaged_run_folder_ends_in_a_clear_line_or_goes_on(runs, tmp_path, capsys):
+    codes = damage_some(runs, range(24), tmp_path, capsys)
+    assert {0, 2} <= set(codes)
+
+
+@pytest.mark.slow
+def test_hundreds_of_damaged_run_folders_end_in_a_clear_line_or_go_on(runs, tmp_path, capsys):
+    codes = damage_some(runs, range(24, 240), tmp_path, capsys)
+    assert {0, 2} <= set(codes)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "args.yaml", "replay"])
+@pytest.mark.parametrize("foreign", ["env", "script"])
+def test_files_of_another_run_are_refused(runs, tmp_path, capsys, foreign, file):
+    script, folders = runs
+    folder = tmp_path / "mixed"
+    shutil.copytree(folders["ours"], folder)
+    (folder / "checkpoint.old.pt").unlink(missing_ok=True)
+    if file == "replay":
+        if foreign == "script":
+            pytest.skip("a replay of the same environment fits")
+        shutil.rmtree(folder / file)
+        shutil.copytree(folders[foreign] / file, folder / file)
+    else:
+        shutil.copy(folders[foreign] / file, folder / file)
+    resume_and_evaluate(script, folder, capsys, 2)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, tmp_path, capsys):
+    script, folders = runs
+    folder = tmp_path / "run"
+    shutil.copytree(folders["ours"], folder)
+    data = bytearray((folder / "checkpoint.pt").read_bytes())
+    data[len(data) // 2] ^= 1  # in the middle of some weights
+    (folder / "checkpoint.pt").write_bytes(data)
+    _, said = resume_and_evaluate(script, folder, capsys, 0)
+    assert f"{folder}/checkpoint.pt cannot be used" in said
+    assert metrics(folder)[-1]["frames"] == 340
+
+
+# Killed
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_killed_at_random_moments_loses_nothing_that_it_saved(script, tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from kill_often import kill_often
+    finally:
+        sys.path.pop(0)
+    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 3000 --replay-size 1200"
+    flags += " --checkpoint-every 100 --eval-every 500 --log-every 100"
+    folder, seen = kill_often(script, flags.split(), 4, tmp_path, longest=7.0)
+    assert len([updates for updates in seen if updates]) >= 2
+    assert metrics(folder)[-1]["frames"] == 3000
