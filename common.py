@@ -6,9 +6,9 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python {sys.version.split()[0]} is too old, use 3.11 or 3.12")
 
 import contextlib
-import errno
 import fcntl
 import importlib.util
+import io
 import json
 import os
 import random
@@ -19,10 +19,10 @@ import threading
 import time
 import typing
 import zipfile
-from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import ale_py  # noqa: F401  registers the Atari games
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -35,9 +35,6 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
-
-with contextlib.suppress(ImportError):
-    import ale_py  # noqa: F401  registers the Atari games
 
 Count = typing.Annotated[int, "above 0"]
 Rate = typing.Annotated[float, "above 0"]
@@ -70,15 +67,12 @@ def explain_env(spec, seed, index, begun):
 
 @contextlib.contextmanager
 def exit_on_error():
-    """Says what the user can mend (exit code 2) and what broke the run (1) in one line."""
+    """Says in one line what the user can mend (exit code 2) and what else ended the run (1)."""
     try:
         yield
-    except Exception as error:
-        causes = {getattr(e, "errno", 0) for e in (error, error.__context__)}  # torch.save hides it
-        if causes & {errno.ENOSPC, errno.EDQUOT}:
-            error = "no space left on the disk; the last checkpoint can be resumed"
-        elif not isinstance(error, UserError | FloatingPointError):
-            raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, FloatingPointError, OSError) as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if type(error) is UserError else 1)
 
@@ -131,19 +125,18 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
     kind = preset_name(env_id, observation)
     observation = "pixels" if kind == "dmc_pixels" and observation == "auto" else observation
     kwargs = {"render_mode": "rgb_array"} if render or observation in ("pixels", "both") else {}
-    if kind.startswith("dmc") or (kind == "other" and kwargs):
+    if "MUJOCO_GL" not in os.environ and (kind.startswith("dmc") or (kind == "other" and kwargs)):
         choose_gl(needed=kind != "other" and bool(kwargs))
     if kind.startswith("dmc"):
-        env_id = f"dm_control/{env_id.split('/')[1].removesuffix('-v0')}-v0"
+        env_id = f"shimmy:dm_control/{env_id.split('/')[1].removesuffix('-v0')}-v0"
         camera = 2 if "quadruped" in env_id else 0
         kwargs["render_kwargs"] = {"width": SIZE, "height": SIZE, "camera_id": camera}
     if kind == "atari":  # frame skip and time limit follow below, so that frames are counted once
         kwargs |= {"frameskip": 1, "max_episode_steps": -1, "full_action_space": full_action_space}
         kwargs |= {"obs_type": "grayscale" if grayscale else "rgb"}
         kwargs |= {} if sticky_prob is None else {"repeat_action_probability": sticky_prob}
-    module = "shimmy:" if kind.startswith("dmc") else ""
-    with explain(f"no {env_id}", ImportError, gym.error.Error, TypeError):  # and the nearest id
-        env = gym.make(module + env_id, disable_env_checker=True, **kwargs)
+    with explain(f"no {env_id.removeprefix('shimmy:')}", ImportError, gym.error.Error, TypeError):
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
     if kind == "atari":
         env = gym.wrappers.AtariPreprocessing(env, 30, action_repeat, SIZE, grayscale_obs=grayscale)
         action_repeat = 1
@@ -153,9 +146,7 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
 
 
 def choose_gl(needed):
-    """Sets MUJOCO_GL to what draws here without a screen: the user's choice, EGL or OSMesa."""
-    if "MUJOCO_GL" in os.environ:
-        return
+    """Sets MUJOCO_GL, if the user did not, to what draws here without a screen: EGL or OSMesa."""
     probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
     for gl in ("egl", "osmesa"):
         gl_env = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
@@ -174,8 +165,8 @@ class Standard(gym.Wrapper):
 
     def __init__(self, env, observation, grayscale, repeat, key):
         super().__init__(env)
-        self.repeat, self.key, self.actions = repeat, key, env.action_space
-        space = env.observation_space
+        space, self.actions = env.observation_space, env.action_space
+        self.repeat, self.key = repeat, key
         boxes = space.spaces if isinstance(space, Dict) else {None: space}
         if not all(isinstance(box, Box) for box in boxes.values()):
             raise UserError(f"observations {space} are not supported, only Box and Dict of Box")
@@ -184,11 +175,11 @@ class Standard(gym.Wrapper):
         images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
         self.images = images if observation != "vector" else []
         self.vectors = [k for k in boxes if k not in images] if observation != "pixels" else []
-        channels = [boxes[k].shape[2:] for k in self.images]
         image = Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
         vector = Box(-np.inf, np.inf, (sum(flatdim(boxes[k]) for k in self.vectors),), np.float32)
         spaces = {"image": image} if self.images or observation in ("pixels", "both") else {}
         spaces |= {"vector": vector} if self.vectors else {}
+        channels = [boxes[k].shape[2:] for k in self.images]
         if not spaces or channels not in ([], [()], [(1,)], [(3,)]):
             raise UserError(f"--observation {observation} does not fit observations {space}")
         self.observation_space = Dict(spaces)
@@ -233,7 +224,7 @@ class Standard(gym.Wrapper):
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
     """A vector of `make_env`s, each reset by the step after its last (gymnasium's NEXT_STEP)."""
     keys = [(options["seed"], *key) for key in enumerate(episodes or [0] * num_envs, first_index)]
-    fns = [partial(make_env, index=i, episode=begun, **options) for _, i, begun in keys]
+    fns = [lambda i=i, k=k: make_env(index=i, episode=k, **options) for _, i, k in keys]
     if parallel:
         gym.logger.min_level = gym.logger.ERROR + 1  # an EnvError says it
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers as well
@@ -242,42 +233,33 @@ def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options)
     else:
         envs = gym.vector.SyncVectorEnv(fns)
     envs.env_id, envs.keys = options["env_id"], np.array(keys)
+    envs.discrete = isinstance(envs.single_action_space, MultiBinary)  # actions are one-hot
+    # What a row of one environment holds: dict of name -> (shape, dtype).
+    envs.shapes = {k: (v.shape, v.dtype) for k, v in envs.single_observation_space.items()}
+    envs.shapes |= {"action": (envs.single_action_space.shape, np.float32)}
+    envs.shapes |= dict.fromkeys(("reward", "is_first", "is_terminal"), ((), np.float32))
     return envs
-
-
-def is_discrete(envs):
-    return isinstance(envs.single_action_space, MultiBinary)  # one-hot
 
 
 def random_actions(envs, rng):
     """Uniform actions (N, A)."""
-    num_envs, size = envs.action_space.shape
-    if is_discrete(envs):
-        return np.eye(size, dtype=np.float32)[rng.integers(size, size=num_envs)]
-    return rng.uniform(-1, 1, (num_envs, size)).astype(np.float32)
-
-
-def reset_rows(envs):
-    """Resets all environments -> their rows: dict of (N, ...)."""
-    envs.keys[:, 2] += 1
-    zeros = np.zeros(envs.action_space.shape, np.float32)
-    row = {"action": zeros, "reward": zeros[:, 0], "is_terminal": zeros[:, 0]}
-    return {**envs.reset()[0], **row, "is_first": zeros[:, 0] + 1}
+    action = rng.uniform(-1, 1, envs.action_space.shape)
+    return np.float32(action == action.max(1, keepdims=True) if envs.discrete else action)
 
 
 def step_rows(envs, action, done):
-    """Steps all environments, or begins with them if all are done -> rows, done (N,), info."""
+    """Steps all environments, or resets them if all are done -> rows, done (N,), info."""
+    envs.keys[:, 2] += done
+    none = np.zeros(envs.num_envs, bool)
     try:
-        if done.all():
-            return reset_rows(envs), np.zeros_like(done), {}
-        envs.keys[:, 2] += done
-        obs, reward, terminated, truncated, info = envs.step(action)
+        out = (envs.reset()[0], none, none, none, {}) if done.all() else envs.step(action)
     except (EOFError, ConnectionError):  # a process died; one that only failed raises EnvError
         sentinels = [process.sentinel for process in envs.processes]
         dead = sentinels.index((wait(sentinels, timeout=9) or sentinels)[0])
         envs.closed = True  # gymnasium would wait for it
         with explain_env(envs.env_id, *envs.keys[dead]):
             raise ChildProcessError("its process died") from None
+    obs, reward, terminated, truncated, info = out
     action = action * ~done[:, None]  # the row after a done row is a reset, which ignores it
     row = {"action": action, "reward": reward, "is_first": done, "is_terminal": terminated}
     return obs | {k: v.astype(np.float32) for k, v in row.items()}, terminated | truncated, info
@@ -286,8 +268,8 @@ def step_rows(envs, action, done):
 def evaluate(envs, act, episodes, film=False):
     """Plays whole episodes, equally many in each environment -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
-    row, state, done = reset_rows(envs), None, np.zeros(envs.num_envs, bool)
-    returns, frames = [], []
+    row, done, _ = step_rows(envs, np.zeros(envs.action_space.shape), np.ones(envs.num_envs, bool))
+    returns, frames, state = [], [], None
     while quota.any():
         if film and not returns and len(frames) < 1000:
             frames.append(envs.render()[0])
@@ -299,15 +281,8 @@ def evaluate(envs, act, episodes, film=False):
     return np.array(returns), frames
 
 
-def row_shapes(envs):
-    """What a row of one environment holds: dict of name -> (shape, dtype)."""
-    shapes = {k: (space.shape, space.dtype) for k, space in envs.single_observation_space.items()}
-    shapes["action"] = (envs.single_action_space.shape, np.float32)
-    return shapes | dict.fromkeys(("reward", "is_first", "is_terminal"), ((), np.float32))
-
-
 class Replay:
-    """The last rows of N environments, memory-mapped from .npy files; shapes as in `row_shapes`.
+    """The last rows of N environments, memory-mapped from .npy files.
 
     Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
     share a write head; no window crosses it, and a window stays in one environment's stream.
@@ -321,38 +296,32 @@ class Replay:
         with explain(f"another process trains in {self.folder.parent}", OSError):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
         self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
-        # The first row that no later one has overwritten, the rows ever written, and the capacity.
-        self.written = self.map("written", (1, 3), np.int64, not state)[0]
-        if state:
-            self.end, self.rng.bit_generator.state = state["end"], state["rng"]
-            self.start = min(self.end, max(state["start"], int(self.written[0])))
-        if self.written[1] < self.end:
-            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
-        self.capacity = self.written[2] = max(capacity, int(self.written[2]))
-        self.data = {}
+        self.written = self.map("written", (1, 2), np.int64, not state)[0]  # rows ever, capacity
+        if self.written[0] <= self.written[1]:  # a ring that has come round keeps its size
+            self.written[1] = max(capacity, self.written[1])
+        self.capacity, self.data = int(self.written[1]), {}
         for name, (shape, dtype) in shapes.items():
             self.data[name] = self.map(name, (self.capacity, num_envs, *shape), dtype, not state)
+        if state:
+            self.end, self.rng.bit_generator.state = state["end"], state["rng"]
+            self.start = min(self.end, max(state["start"], int(self.written[0]) - self.capacity))
+        if self.written[0] < self.end:
+            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
 
     def map(self, name, shape, dtype, fresh):
-        """Opens or makes an array; one with fewer rows than the shape grows around start..end."""
+        """Makes an array, or opens one and lets its file grow to the shape."""
         path = self.folder / f"{name}.npy"
-        if fresh:
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
-            with open(path, "r+b") as file:  # a sparse map would die of SIGBUS on a full disk
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
-            np.lib.format.open_memmap(path, "r")  # r+ alone fills up a file that was cut off
-            data = np.lib.format.open_memmap(path, "r+")
+            if fresh:
+                np.lib.format.open_memmap(path, "w+", dtype, shape)
+            data = np.load(path, mmap_mode="r")  # r+ would fill up a file that was cut off
             if (data.shape[1:], data.dtype) != (shape[1:], dtype):
                 raise ValueError(f"it has {data.shape} {data.dtype}")
-        if len(data) == shape[0]:
-            return data
-        new = self.map(f"{name}.new", shape, dtype, True)
-        for row in range(self.start, self.end):
-            new[row % len(new)] = data[row % len(data)]
-        new.flush()
-        (self.folder / f"{name}.new.npy").replace(path)
-        return new
+            header = {"descr": data.dtype.str, "fortran_order": False, "shape": shape}
+            with open(path, "r+b") as file:  # a sparse map would die of SIGBUS on a full disk
+                os.posix_fallocate(file.fileno(), 0, data.offset + shape[0] * data[:1].nbytes)
+                np.lib.format.write_array_header_1_0(file, header)
+            return np.load(path, mmap_mode="r+")
 
     def state_dict(self):
         """Writes the maps to disk, so that a checkpoint never knows more rows than they hold."""
@@ -366,7 +335,7 @@ class Replay:
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""
         self.start = max(self.start, self.end + 1 - self.capacity)
-        self.written[:2] = self.start, max(self.written[1], self.end + 1)
+        self.written[0] = max(self.written[0], self.end + 1)
         for key, data in self.data.items():
             data[self.end % self.capacity] = row[key]
         self.end += 1
@@ -418,18 +387,12 @@ def detach(tensors):
     return {k: v.detach() for k, v in tensors.items()}
 
 
-def frozen(*modules):
-    """A context in which gradients flow through the modules, but not into their parameters."""
-    context = contextlib.ExitStack()
-    context.callback(torch.nn.ModuleList(modules).requires_grad_(False).requires_grad_, True)
-    return context
-
-
 def opt_step(optimizer, loss, clip):
     """One gradient step -> the gradient's global norm before it was clipped, ()."""
+    parameters = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    loss.backward(inputs=parameters)  # passes through the other networks, but leaves none there
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     return norm
 
@@ -445,19 +408,20 @@ class FiniteGuard:
 
     def check(self):
         """Raises FloatingPointError with the update and the names of the first bad values."""
-        if self.first.isfinite().any():
-            names = [self.names[i] for i in (self.first == self.first.min()).nonzero()]
-            names = [name for name in names if name.startswith("losses/")] or names
-            raise FloatingPointError(
-                f"not finite at update {self.first.min():.0f}: {', '.join(names)}"
-            )
+        if (when := self.first.min().item()) < torch.inf:
+            bad = [self.names[i] for i in (self.first == when).nonzero()]
+            bad = [name for name in bad if name.startswith("losses/")] or bad
+            raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
 
 
 def save_checkpoint(run, parts, more):
     """Writes the parts' states and the dict `more`; the last one becomes checkpoint.old.pt."""
-    path, new = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt"
+    path, new, data = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt", io.BytesIO()
+    torch.save({k: part.state_dict() for k, part in parts.items()} | more, data)
+    if data.tell() > shutil.disk_usage(run).free:
+        raise OSError(f"no space left in {run} for a checkpoint; the last one can be resumed")
     with open(new, "wb") as file:
-        torch.save({k: part.state_dict() for k, part in parts.items()} | more, file)
+        file.write(data.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
@@ -512,15 +476,13 @@ class Logger:
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
             wandb = importlib.import_module("wandb")
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
-        self.run, self.began, self.shown = run, time.time() - seconds, {}
+        self.run, self.began = run, time.time() - seconds
         self.last = np.array([seconds, frames, updates])
         self.writer = SummaryWriter(run, purge_step=frames + 1)
         threading.excepthook = lambda thread: None  # the writer raises what its thread does
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        # What a killed run logged after its last checkpoint will be logged again.
-        self.file.truncate(min(size, self.file.tell()))
-        table = "".join(f"|{k}|{v}|\n" for k, v in args.items())
-        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", frames)
+        self.file.truncate(min(size, self.file.tell()))  # what came after a checkpoint comes again
+        self.writer.add_text("hyperparameters", f"```\n{yaml.safe_dump(args)}```", frames)
         wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s
         self.bar = tqdm(total=args["total_frames"], initial=frames, unit=" frames", **wait)
 
@@ -530,9 +492,8 @@ class Logger:
             self.writer.add_scalar(tag, value, frames)
         row = {"frames": frames, "updates": updates, "seconds": round(time.time() - self.began, 3)}
         self.file.write(json.dumps(row | metrics, default=float) + "\n")
-        tags = {"charts/episodic_return": "return", "time/updates_per_second": "updates/s"}
-        self.shown |= {tags[k]: f"{v:.4g}" for k, v in metrics.items() if k in tags}
-        self.bar.set_postfix(self.shown, refresh=False)
+        if "charts/episodic_return" in metrics:
+            self.bar.set_postfix({"return": metrics["charts/episodic_return"]}, refresh=False)
 
     def speed(self, frames, updates):
         """Frames and updates per second since it was asked last."""

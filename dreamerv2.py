@@ -509,7 +509,7 @@ def lambda_return(reward, value, disc, bootstrap, lambda_):
 def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, args):
     """Actor and critic losses on imagined rollouts (Eqs. 4-6); is_terminal is (T, B)."""
     start = {k: v.flatten(0, 1) for k, v in common.detach(post).items()}  # (N, ...)
-    with common.frozen(world_model), torch.set_grad_enabled(args.actor_grad != "reinforce"):
+    with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
         feat = world_model.rssm.feat(states)  # (I, N, F)
         reward, value = world_model.reward(feat), slow_critic(feat)  # (I, N)
@@ -609,7 +609,7 @@ def main(args):
     options["time_limit"] = -(-args.time_limit // args.action_repeat)
     count = min(args.eval_episodes, 10)  # of environments with seeds of their own
     eval_envs = common.make_envs(count, first_index=10_000, render=args.capture_video, **options)
-    shapes, discrete = common.row_shapes(eval_envs), common.is_discrete(eval_envs)
+    shapes, discrete = eval_envs.shapes, eval_envs.discrete
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "trunc_normal"
     if args.actor_grad == "auto":

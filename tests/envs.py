@@ -3,6 +3,14 @@
 import gymnasium as gym
 import numpy as np
 
+import common
+
+
+def reset_rows(envs):
+    """The rows with which all environments begin."""
+    done = np.ones(envs.num_envs, bool)
+    return common.step_rows(envs, np.zeros(envs.action_space.shape, np.float32), done)[0]
+
 
 class Counting(gym.Env):
     """Observes its clock, the action just taken and its seed, which sets all else.

@@ -48,7 +48,7 @@ def run_python(code, **env):
 def play(envs, steps, seed=0):
     """Random play -> rows: dict of (steps + 1, N, ...), dones (steps + 1, N)."""
     rng, done = np.random.default_rng(seed), np.zeros(envs.num_envs, bool)
-    rows, dones = [common.reset_rows(envs)], [done]
+    rows, dones = [tiny.reset_rows(envs)], [done]
     for _ in range(steps):
         row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
         rows.append(row)
@@ -129,7 +129,7 @@ def test_a_parallel_environment_that_cannot_be_made_is_a_user_error():
 def test_frames_are_counted_without_reset_rows():
     envs = common.make_envs(3, env_id="Counting-v0", seed=8, action_repeat=2)
     rng, done, step = np.random.default_rng(0), np.zeros(3, bool), 0
-    common.reset_rows(envs)
+    tiny.reset_rows(envs)
     for _ in range(31):
         step += int((~done).sum())
         _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
@@ -142,7 +142,7 @@ def test_frames_are_counted_without_reset_rows():
 
 def test_a_row_keeps_its_values_when_the_environment_goes_on():
     envs = common.make_envs(2, env_id="Counting-v0", seed=9)
-    row = common.reset_rows(envs)
+    row = tiny.reset_rows(envs)
     copy = {k: v.copy() for k, v in row.items()}
     common.step_rows(envs, np.eye(3, dtype=np.float32)[[1, 2]], np.zeros(2, bool))
     for key in row:
@@ -154,13 +154,13 @@ def test_random_actions_are_uniform():
     envs = common.make_envs(3, env_id="Counting-v0", seed=1)
     rng = np.random.default_rng(0)
     actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
-    assert common.is_discrete(envs)
+    assert envs.discrete
     assert set(actions.sum(-1)) == {1.0}
     assert abs(actions.mean(0) - 1 / 3).max() < 0.04
     envs.close()
     envs = common.make_envs(3, env_id="CountingContinuous-v0", seed=1)
     actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
-    assert not common.is_discrete(envs)
+    assert not envs.discrete
     assert actions.dtype == np.float32
     assert abs(actions.std(0) - 1 / np.sqrt(3)).max() < 0.03
     assert abs(actions).max() <= 1
@@ -201,7 +201,7 @@ def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
     whole.close()
     begins = [np.flatnonzero(rows["is_first"][:, i]) for i in (0, 1)]
     resumed = common.make_envs(2, env_id="CartPole-v1", seed=4, episodes=[3, 5])
-    first = common.reset_rows(resumed)
+    first = tiny.reset_rows(resumed)
     for i, k in enumerate((3, 5)):
         np.testing.assert_array_equal(first["vector"][i], rows["vector"][begins[i][k], i])
     # The same actions lead to the same rows.
@@ -445,9 +445,10 @@ def test_vectors_of_dm_control_print_no_warning(gl):
 @pytest.mark.slow
 def test_pixels_of_dm_control_in_processes_of_their_own(gl):
     code = """
-import common
+import common, numpy as np
 envs = common.make_envs(2, parallel=True, env_id="dmc/ball_in_cup-catch", seed=1)
-print("std", *common.reset_rows(envs)["image"].std((1, 2, 3)))
+row = common.step_rows(envs, np.zeros(envs.action_space.shape), np.ones(2, bool))[0]
+print("std", *row["image"].std((1, 2, 3)))
 envs.close()
 """
     returncode, output = run_python(code)

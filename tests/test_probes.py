@@ -11,6 +11,7 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
+from envs import reset_rows
 
 import common
 
@@ -59,12 +60,12 @@ def train(command, env_id, updates, folder, seed=1):
         args.actor_grad = "dynamics" if continuous else "reinforce"
     common.setup(seed, cuda=False, deterministic=False, threads=1)
     envs = common.make_envs(args.num_envs, env_id=env_id, seed=seed, grayscale=args.grayscale)
-    shapes = common.row_shapes(envs)
+    shapes = envs.shapes
     agent = dreamer.make_agent({k: shape for k, (shape, _) in shapes.items()}, args)
     optimizers = dreamer.make_optimizers(agent, args)
     replay = common.Replay(folder, 101 + updates, shapes, args.num_envs, seed)
 
-    row, done, state = common.reset_rows(envs), np.zeros(args.num_envs, bool), None
+    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), None
     replay.add(row)
     for i in range(-100, updates):
         action, state = dreamer.policy(agent, row, state)
@@ -79,7 +80,7 @@ def train(command, env_id, updates, folder, seed=1):
             dreamer.update(agent, optimizers, batch, *(() if v1 else (i,)), args)
 
     rows, world_model = [], agent["world_model"]
-    row, done, state = common.reset_rows(envs), np.zeros(args.num_envs, bool), None
+    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), None
     for _ in range(4 * probe_envs.CONTINUING):
         action, state = dreamer.policy(agent, row, state, sample=False)
         with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from envs import reset_rows
 
 import common
 
@@ -178,8 +179,8 @@ def test_numpy_alone_reads_the_rows(tmp_path):
 
 def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
     envs = common.make_envs(2, env_id="Pendulum-v1", seed=1)
-    shapes = common.row_shapes(envs)
-    row = common.reset_rows(envs)
+    shapes = envs.shapes
+    row = reset_rows(envs)
     assert set(shapes) == set(row)
     assert {k: v.shape[1:] for k, v in row.items()} == {k: s for k, (s, _) in shapes.items()}
     replay = common.Replay(tmp_path, 10, shapes, 2, 0)
