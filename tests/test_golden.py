@@ -136,11 +136,12 @@ def case(request, monkeypatch):
     monkeypatch.setattr(script, "lambda_return", keep_return)
     monkeypatch.setattr(model.rssm, "imagine", keep_imagined)
     loss, post, metrics = model.loss(batch)
-    loss.backward()
+    loss.backward(inputs=[*model.parameters()])  # as in common.opt_step
     actor_loss, critic_loss, more = script.behavior_loss(
         model, *behavior, post, batch["is_terminal"], args
     )
-    (actor_loss + critic_loss).backward()
+    actor_loss.backward(inputs=[*agent["actor"].parameters()])
+    critic_loss.backward(inputs=[*agent["critic"].parameters()])
     with torch.no_grad():
         _, prior = model.rssm.observe(model.encoder(batch), batch["action"], batch["is_first"])
     ours |= {f"post/{k}": v for k, v in post.items()} | {f"prior/{k}": v for k, v in prior.items()}
