@@ -297,11 +297,11 @@ class Replay:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
         self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
         self.written = self.map("written", (1, 2), np.int64, not state)[0]  # rows ever, capacity
-        if self.written[0] <= self.written[1]:  # a ring that has come round keeps its size
-            self.written[1] = max(capacity, self.written[1])
-        self.capacity, self.data = int(self.written[1]), {}
+        grows = self.written[0] <= self.written[1]  # a ring that has come round keeps its size
+        self.capacity, self.data = int(max(self.written[1], capacity * grows)), {}
         for name, (shape, dtype) in shapes.items():
             self.data[name] = self.map(name, (self.capacity, num_envs, *shape), dtype, not state)
+        self.written[1] = self.capacity  # at last, so that growth on a full disk can be given up
         if state:
             self.end, self.rng.bit_generator.state = state["end"], state["rng"]
             self.start = min(self.end, max(state["start"], int(self.written[0]) - self.capacity))
@@ -314,7 +314,7 @@ class Replay:
         with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
             if fresh:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
-            data = np.load(path, mmap_mode="r")  # r+ would fill up a file that was cut off
+            data = np.lib.format.open_memmap(path, "r")  # r+ would fill up a file that was cut off
             if (data.shape[1:], data.dtype) != (shape[1:], dtype):
                 raise ValueError(f"it has {data.shape} {data.dtype}")
             header = {"descr": data.dtype.str, "fortran_order": False, "shape": shape}

@@ -569,8 +569,8 @@ def main(args):
     step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
     frames, known = step * args.action_repeat, saved.get("replay")
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    gib = rows * args.num_envs * sum(np.empty(*shape).nbytes for shape in shapes.values()) / 2**30
-    run = Path(run) if run else common.new_run(config, gib)
+    gib = args.num_envs * sum(np.empty(*shape).nbytes for shape in shapes.values()) / 2**30  # a row
+    run = Path(run) if run else common.new_run(config, rows * gib)
     replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, known, device)
     if saved:
         common.set_rng(saved["rng"])
@@ -579,7 +579,8 @@ def main(args):
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
-    print(f"parameters: {sizes}; replay {rows * args.num_envs:,} rows, {gib:.2f} GiB")
+    rows = replay.capacity  # what it has if it was there before
+    print(f"parameters: {sizes}; replay {rows * args.num_envs:,} rows, {rows * gib:.2f} GiB")
     logger = common.Logger(run, config, frames, updates, seconds, size)
     guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
     row, done, state = None, np.ones(args.num_envs, bool), None  # so that all begin an episode
@@ -606,8 +607,7 @@ def main(args):
                 if updates == 3 and device.type == "cpu" and "image" in shapes:
                     rate = args.train_steps / args.train_every
                     hours = (time.time() - began) * (args.total_frames - frames) * rate / 3600
-                    text = "hours to go on this CPU; --env-id CartPole-v1 takes minutes"
-                    logger.bar.write(f"{hours:,.1f} {text}")
+                    logger.bar.write(f"{hours:,.1f} hours to go; CartPole-v1 takes minutes")
                 continue
 
             last, crossed = step >= steps, partial(common.crossed, before, frames)

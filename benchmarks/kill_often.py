@@ -1,29 +1,60 @@
 """Kills a run with SIGKILL again and again, resumes it each time, and checks what must survive.
 
-    python benchmarks/kill_often.py dreamerv2.py --kills 20 -- --env-id CartPole-v1 --total-frames 8000
+    python benchmarks/kill_often.py --kills 20 dreamerv2.py --env-id CartPole-v1 \
+        --checkpoint-every 500 --eval-every 2000
 
-Rows of the replay from before a checkpoint have to be the same bytes ever after, as long as the ring
-has not overwritten them; counters never fall; the log has no row twice; the run ends.
+The kills take turns: in a step of the environments, an update, a checkpoint, an evaluation. Rows of
+the replay from before a checkpoint have to be the same bytes ever after, as long as the ring has
+not overwritten them; counters never fall; the log has no row twice; the run ends.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
+PHASES = ["other", "step", "update", "checkpoint", "evaluation"]
 
 
-def start(script, flags, cwd):
-    command = [sys.executable, str(ROOT / script), *flags]
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def play(script, phase_file, flags):
+    """Runs the script in this process and writes to a file in which phase it is."""
+    sys.path.insert(0, str(ROOT))
+    import common
+
+    module, phase = importlib.import_module(Path(script).stem), np.memmap(phase_file, np.uint8)
+
+    def tell(owner, name, number):
+        original = getattr(owner, name)
+
+        def told(*args, **kwargs):
+            before, phase[0] = (
+                phase[0],
+                max(number, phase[0]),
+            )  # steps of an evaluation belong to it
+            try:
+                return original(*args, **kwargs)
+            finally:
+                phase[0] = before
+
+        setattr(owner, name, told)
+
+    for owner, name in ((common, "step_rows"), (module, "update"), (common, "save_checkpoint")):
+        tell(owner, name, {"step_rows": 1, "update": 2, "save_checkpoint": 3}[name])
+    tell(common, "evaluate", 4)
+    with common.exit_on_error():
+        module.main(common.parse_args(module.Args, module.PRESETS, flags))
 
 
 def rows_of(folder, first, last):
@@ -52,8 +83,7 @@ def check(folder, known):
         return None
     step, updates = saved["counters"][:2]
     state = saved["replay"]
-    written = np.load(folder / "replay" / "written.npy").item()
-    capacity = len(np.load(folder / "replay" / "action.npy", mmap_mode="r"))
+    [[written, capacity]] = np.load(folder / "replay" / "written.npy")
     first = max(state["start"], written - capacity)
     if known is not None:
         assert step >= known["step"], (step, known["step"])
@@ -65,47 +95,66 @@ def check(folder, known):
     return {"step": step, "updates": updates, "first": first, "end": state["end"], "rows": rows}
 
 
-def kill_often(script, flags, kills, cwd, seed=0, longest=10.0):
-    """Runs, kills and resumes -> run folder, updates at each kill."""
-    rng, known, seen = random.Random(seed), None, []
-    process = start(script, flags, cwd)
-    for _ in range(kills):
-        try:
-            process.wait(rng.uniform(2.5, longest))
+def kill_often(script, flags, kills, cwd, seed=0, seconds=(3.0, 10.0)):
+    """Runs, kills and resumes -> run folder, a (phase, step, updates) for each kill."""
+    rng, known, seen, phase_file = random.Random(seed), None, [], Path(cwd) / "phase"
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(flags):
+        np.zeros(1, np.uint8).tofile(phase_file)
+        command = [sys.executable, __file__, "--play", str(phase_file), script, *flags]
+        return subprocess.Popen(command, cwd=cwd, env=environ)
+
+    process = start(flags)
+    for kill in range(kills):
+        wanted, moment = 1 + kill % 4, time.monotonic() + rng.uniform(*seconds)
+        phase = np.memmap(phase_file, np.uint8, "r")
+        while process.poll() is None and (time.monotonic() < moment or phase[0] != wanted):
+            time.sleep(0.0005)
+        if process.poll() is not None:
             break  # it ended by itself
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        time.sleep(rng.choice([0, 0.001, 0.01]))
+        process.kill()
+        process.wait()
         folders = list(Path(cwd).glob("runs/*"))
         known = check(folders[0], known) if folders else None
-        seen.append(known and known["updates"])
-        # Without a checkpoint there is nothing to resume: the run begins anew.
-        if known is None:
+        counted = (known["step"], known["updates"]) if known else (0, 0)
+        seen.append((PHASES[phase[0]], *counted))
+        if known is None:  # nothing to resume: the run begins anew
             for folder in folders:
-                folder.rename(Path(cwd) / f"lost_{len(seen)}")
-            process = start(script, flags, cwd)
+                folder.rename(Path(cwd) / f"lost_{kill}")
+            process = start(flags)
         else:
-            process = start(script, ["--resume", str(folders[0].relative_to(cwd))], cwd)
+            process = start(["--resume", str(folders[0].relative_to(cwd))])
     assert process.wait() == 0, process.returncode
     [folder] = Path(cwd).glob("runs/*")
     check(folder, known)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = [(row["frames"], *sorted(row)) for row in rows]
     assert len(set(keys)) == len(keys), "a row was logged twice"
-    assert all(a["frames"] <= b["frames"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["frames"] <= b["frames"] for a, b in pairwise(rows))
     return folder, seen
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("script")
+    parser.add_argument("--play", help=argparse.SUPPRESS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("flags", nargs="*", help="of the script, after --")
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, default=(10, 30), help="from kill to kill"
+    )
+    parser.add_argument("script")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args()
-    cwd = Path(f"killed_{int(time.time())}")
-    cwd.mkdir()
-    folder, seen = kill_often(args.script, args.flags, args.kills, cwd, args.seed)
+    if args.play:
+        play(args.script, args.play, args.flags)
+        sys.exit()
+    cwd = tempfile.mkdtemp(prefix="killed_")
+    folder, seen = kill_often(args.script, args.flags, args.kills, cwd, args.seed, args.seconds)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     returns = [row["eval/episodic_return"] for row in rows if "eval/episodic_return" in row]
-    print(f"{len(seen)} kills, at updates {seen}; final return {returns[-1]:.1f}; {folder}")
+    for phase, step, updates in seen:
+        print(f"killed in: {phase}; the last checkpoint had {step} steps, {updates} updates")
+    print(f"{len(seen)} kills: {dict(Counter(phase for phase, *_ in seen))}")
+    print(f"it ended with a return of {returns[-1]:.1f} in {folder}")

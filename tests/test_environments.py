@@ -140,6 +140,39 @@ def test_frames_are_counted_without_reset_rows():
     envs.close()
 
 
+def test_environments_that_are_all_done_are_reset():
+    envs = common.make_envs(2, env_id="Counting-v0", seed=5)
+    done = np.ones(2, bool)
+    for episode in (1, 2, 3):  # whether or not the episodes have ended
+        row, ended, info = common.step_rows(envs, np.eye(3)[[1, 2]], done)
+        assert not ended.any()
+        assert info == {}
+        assert row["is_first"].tolist() == [1, 1]
+        assert not any(row[key].any() for key in ("action", "reward", "is_terminal"))
+        assert row["vector"][:, :2].tolist() == [[0, -1], [0, -1]]
+        assert envs.keys[:, 2].tolist() == [episode, episode]
+        assert {k: v.dtype for k, v in row.items()} == {k: v for k, (_, v) in envs.shapes.items()}
+        row, _, _ = common.step_rows(envs, np.eye(3)[[1, 2]], ~done)
+        assert row["vector"][:, :2].tolist() == [[1, 1], [1, 2]]
+    envs.close()
+
+
+def test_an_environment_alone_gives_the_rows_that_it_gives_among_others():
+    streams = []
+    for num_envs in (1, 3):  # alone it is reset, among others by the step after its last
+        envs = common.make_envs(num_envs, env_id="Counting-v0", seed=5)
+        rows, done = [tiny.reset_rows(envs)], np.zeros(num_envs, bool)
+        for step in range(50):
+            action = np.eye(3, dtype=np.float32)[[step % 3] * num_envs]
+            row, done, _ = common.step_rows(envs, action, done)
+            rows.append(row)
+        streams.append({k: np.stack([row[k][0] for row in rows]) for k in rows[0]})
+        envs.close()
+    assert streams[0]["is_first"].sum() > 5
+    for key in streams[0]:
+        np.testing.assert_array_equal(streams[0][key], streams[1][key], key)
+
+
 def test_a_row_keeps_its_values_when_the_environment_goes_on():
     envs = common.make_envs(2, env_id="Counting-v0", seed=9)
     row = tiny.reset_rows(envs)
@@ -483,33 +516,55 @@ def fake_probe(monkeypatch, works, **environ):
 
 
 def test_opengl_is_egl_or_else_osmesa(monkeypatch):
-    fake_probe(monkeypatch, ["egl", "osmesa"])
-    common.choose_gl(needed=True)
-    assert common.os.environ["MUJOCO_GL"] == "egl"
-    tried = fake_probe(monkeypatch, ["osmesa"])
-    common.choose_gl(needed=True)
-    assert tried == ["egl", "osmesa"]
-    assert common.os.environ["MUJOCO_GL"] == common.os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+    for works, tries in ((["egl", "osmesa"], ["egl"]), (["osmesa"], ["egl", "osmesa"])):
+        tried = fake_probe(monkeypatch, works)
+        common.make_env("CartPole-v1", 1, 0, observation="pixels")
+        assert tried == tries
+        assert common.os.environ["MUJOCO_GL"] == tries[-1]
+        assert common.os.environ["PYOPENGL_PLATFORM"] == tries[-1]
 
 
-def test_the_users_choice_of_opengl_is_respected(monkeypatch):
-    tried = fake_probe(monkeypatch, ["egl", "osmesa"], MUJOCO_GL="glfw")
-    common.choose_gl(needed=True)
-    assert common.os.environ["MUJOCO_GL"] == "glfw"
+def test_opengl_is_looked_for_once(monkeypatch):
+    tried = fake_probe(monkeypatch, ["egl"])
+    for _ in range(3):
+        common.make_env("CartPole-v1", 1, 0, observation="pixels")
+    assert tried == ["egl"]
+
+
+@pytest.mark.parametrize(("env_id", "observation", "gl"), [
+    ("CartPole-v1", "pixels", "glfw"), ("CartPole-v1", "both", "osmesa"),
+    ("dmc/ball_in_cup-catch", "vector", "disable"),
+])  # fmt: skip
+def test_the_users_choice_of_opengl_is_respected(monkeypatch, env_id, observation, gl):
+    tried = fake_probe(monkeypatch, ["egl", "osmesa"], MUJOCO_GL=gl)
+    before = dict(common.os.environ)
+    common.make_env(env_id, 1, 0, observation=observation).reset()
+    assert common.os.environ == before
     assert tried == []
 
 
-def test_no_opengl_is_no_error_where_none_is_needed(monkeypatch):
-    fake_probe(monkeypatch, [])
-    common.choose_gl(needed=False)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "PongNoFrameskip-v4"])
+def test_no_opengl_is_looked_for_where_nothing_is_drawn(monkeypatch, env_id):
+    tried = fake_probe(monkeypatch, ["egl", "osmesa"])
+    common.make_env(env_id, 1, 0)
+    assert tried == []
     assert "MUJOCO_GL" not in common.os.environ
-    assert common.make_env("CartPole-v1", 1, 0, observation="pixels").reset()[0]["image"].std() > 5
 
 
-def test_pixels_without_any_opengl_name_the_package_to_install(monkeypatch):
-    fake_probe(monkeypatch, [])
+def test_no_opengl_is_no_error_where_none_is_needed(monkeypatch):
+    tried = fake_probe(monkeypatch, [])
+    env = common.make_env("CartPole-v1", 1, 0, observation="pixels")
+    assert tried == ["egl", "osmesa"]
+    assert "MUJOCO_GL" not in common.os.environ
+    assert env.reset()[0]["image"].std() > 5
+
+
+@pytest.mark.parametrize("observation", ["auto", "pixels", "both"])
+def test_pixels_without_any_opengl_name_the_package_to_install(monkeypatch, observation):
+    tried = fake_probe(monkeypatch, [])
     with pytest.raises(common.UserError, match="apt-get install libegl1"):
-        common.make_env("dmc/ball_in_cup-catch", 1, 0)
+        common.make_env("dmc/ball_in_cup-catch", 1, 0, observation=observation)
+    assert tried == ["egl", "osmesa"]
 
 
 # Any other id

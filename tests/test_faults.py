@@ -5,11 +5,15 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
 TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
     --pretrain 2 --prefill 200 --eval-episodes 2 --threads 1 --imag-horizon 3"""
+UNCLOSED = pytest.mark.filterwarnings(  # a process that ends closes its files by itself
+    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}
 
 
@@ -29,14 +36,16 @@ def play(script, flags, code=0):
     module = importlib.import_module(Path(script).stem)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(SystemExit) as exit_, common.exit_on_error():
+        with common.exit_on_error():
             module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
-            sys.exit(0)
+        ended = 0
+    except SystemExit as exit_:
+        ended = exit_.code or 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert code is None or exit_.value.code == code
-    return exit_.value.code or 0
+    assert code is None or ended == code
+    return ended
 
 
 def metrics(folder):
@@ -70,11 +79,11 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
         else:
             update, calls = module.update, []
 
-            def stop_in_the_middle(*args, update=update, calls=calls):
-                calls.append(1)
-                if len(calls) == stop_at:
+            def stop_in_the_middle(*args):
+                calls.append(1)  # noqa: B023
+                if len(calls) == stop_at:  # noqa: B023
                     os.kill(os.getpid(), signal.SIGTERM)
-                return update(*args)
+                return update(*args)  # noqa: B023
 
             # The update after which frame 300 is still the last one.
             frames_of = {row["updates"]: row["frames"] for row in folders[0] if "losses/kl" in row}
@@ -94,6 +103,161 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
     assert len(whole) == len(stopped)
     for ours, theirs in zip(stopped, whole, strict=True):
         assert ours == theirs  # to the last bit
+
+
+@UNCLOSED
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module(Path(script).stem)
+    update, calls = module.update, []
+
+    def stop_at_once(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the update went on")
+        return update(*args)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "update", stop_at_once)
+    play(script, f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 400", 130)
+    [folder] = Path("runs").iterdir()
+    assert not list(folder.glob("checkpoint*"))
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# Two processes
+def test_a_second_process_in_a_run_folder_is_refused_until_the_first_one_is_dead(tmp_path):
+    flags = f"{TINY} {SCHEDULE['dreamerv2.py']} --env-id CartPole-v1 --checkpoint-every 210"
+    first = in_the_background("dreamerv2.py", f"{flags} --total-frames 90000", tmp_path)
+    try:
+        wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+        [folder] = tmp_path.glob("runs/*")
+        second = in_the_background("dreamerv2.py", f"--resume {folder}", tmp_path)
+        _, err = second.communicate(timeout=100)
+        assert second.returncode == 2
+        assert f"error: another process trains in {folder}" in err
+        assert first.poll() is None
+        evaluating = in_the_background("dreamerv2.py", f"--evaluate {folder}", tmp_path)
+        assert "in 2 episodes" in evaluating.communicate(timeout=100)[0]
+    finally:
+        first.kill()
+        first.communicate()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    total = saved["counters"][0] + 5
+    again = in_the_background("dreamerv2.py", f"--resume {folder} --total-frames {total}", tmp_path)
+    _, err = again.communicate(timeout=100)
+    assert again.returncode == 0, err
+
+
+# Environments that fail
+BREAKING = """
+import os, signal
+import gymnasium as gym
+import numpy as np
+
+
+class Breaking(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, how):
+        self.how, self.broken = how, os.path.exists("mended")
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes, self.time = getattr(self, "episodes", 0) + 1, 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        if self.episodes == 5 and self.time == 7 and not os.path.exists("mended"):
+            if self.how == "raise":
+                raise RuntimeError("no more power")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), 1.0, self.time == 25, False, {}
+
+
+for how in ("raise", "die"):
+    gym.register(f"{how}-v0", Breaking, kwargs={"how": how})
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("raise", ""),
+        pytest.param("raise", "--num-envs 2 --async-envs", marks=pytest.mark.slow),
+        pytest.param("die", "--num-envs 2 --async-envs", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kind, where, tmp_path):
+    (tmp_path / "breaking.py").write_text(BREAKING)
+    flags = f"{TINY} {SCHEDULE[script]} --prefill 50 --env-id breaking:{kind}-v0 {where}"
+    process = in_the_background(script, f"{flags} --total-frames 400 --eval-every 0", tmp_path)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=100)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 1, err
+    assert "Traceback" not in out + err
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"environment [01] of (breaking:)?\w+-v0 \(seed 1, episode 4\) failed: ", line)
+    assert ("no more power" in line) if kind == "raise" else ("its process died" in line)
+    [resume] = [line for line in out.splitlines() if "--resume" in line]
+    [folder] = tmp_path.glob("runs/*")
+    assert resume.endswith(f"{script} --resume {folder.relative_to(tmp_path)}")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["counters"][0] == (106 if not where else 212)  # four episodes of 25 and 6 steps
+    (tmp_path / "mended").touch()
+    again = in_the_background(script, resume.split(f"{script} ")[1], tmp_path)
+    _, err = again.communicate(timeout=100)
+    assert again.returncode == 0, err
+    assert metrics(folder)[-1]["frames"] == 400
+    terminal, first = (np.load(folder / "replay" / f"is_{k}.npy") for k in ("terminal", "first"))
+    broke_off = saved["replay"]["end"]
+    assert broke_off == 4 * 26 + 7
+    assert (terminal[:broke_off].sum(0) == 4).all()  # it was truncated
+    assert first[broke_off].all()
+
+
+def in_the_background(script, flags, cwd):
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    command = [sys.executable, str(ROOT / script), *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environ, **pipes)
+
+
+def wait_until(ready, seconds=60):
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# Full disks
+@UNCLOSED
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_stops_a_run_in_one_line_and_leaves_the_last_checkpoint(
+    script, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --checkpoint-every 100"
+    usage, calls = shutil.disk_usage, []
+
+    def full(path):  # at the third checkpoint, that is after the check at the start
+        calls.append(path)
+        return SimpleNamespace(free=1000) if len(calls) > 3 else usage(path)
+
+    monkeypatch.setattr(common.shutil, "disk_usage", full)
+    play(script, f"{flags} --total-frames 400", 1)
+    [folder] = Path("runs").iterdir()
+    assert str(folder) in capsys.readouterr().err.split("error: no space left in ")[1]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0] == 200
+    monkeypatch.setattr(common.shutil, "disk_usage", usage)
+    play(script, f"--resume {folder}")
+    assert metrics(folder)[-1]["frames"] == 400
 
 
 # Damaged folders
@@ -261,7 +425,8 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing_that_it_saved(scri
     finally:
         sys.path.pop(0)
     flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 3000 --replay-size 1200"
-    flags += " --checkpoint-every 100 --eval-every 500 --log-every 100"
-    folder, seen = kill_often(script, flags.split(), 4, tmp_path, longest=7.0)
-    assert len([updates for updates in seen if updates]) >= 2
+    flags += " --checkpoint-every 100 --eval-every 200 --log-every 100"
+    folder, seen = kill_often(script, flags.split(), 4, tmp_path, seconds=(2.0, 4.0))
+    assert {phase for phase, *_ in seen} >= {"step", "update", "checkpoint", "evaluation"}
+    assert seen[-1][2] > 0
     assert metrics(folder)[-1]["frames"] == 3000

