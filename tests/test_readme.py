@@ -135,6 +135,16 @@ def test_every_function_that_the_equations_name_exists():
     assert len(rows) > 15
 
 
+def test_each_row_of_what_survives_what_has_tests_that_exist():
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    header, *rows = rows_of("survives")
+    assert len(rows) >= 20
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row[header.index("test")])
+        assert names, row[0]
+        assert all(f"\ndef {name}(" in text for name in names), names
+
+
 def test_the_numbers_of_parameters_are_those_of_the_networks():
     header, *rows = rows_of("parameters")
     assert len(rows) == 4
