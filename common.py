@@ -36,8 +36,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
-Count = typing.Annotated[int, "above 0"]
-Rate = typing.Annotated[float, "above 0"]
+Count = typing.Annotated[int, 1, 2**31 - 1]  # least and most
+Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
+Share = typing.Annotated[float, 0, 1]
 SIZE = 64  # height and width of images, as in both papers
 CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every
     checkpoint_every capture_video track cuda threads""".split()  # in a run that exists
@@ -45,10 +46,6 @@ CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes 
 
 class UserError(Exception):
     """Something the user can mend, said in one line."""
-
-
-class EnvError(UserError):
-    """An environment failed."""
 
 
 @contextlib.contextmanager
@@ -62,7 +59,7 @@ def explain(text, *errors, kind=UserError):
 
 def explain_env(spec, seed, index, begun):
     which = f"environment {index} of {getattr(spec, 'id', spec)} (seed {seed}, episode {begun - 1})"
-    return explain(f"{which} failed", Exception, kind=EnvError)
+    return explain(f"{which} failed", Exception, kind=ChildProcessError)
 
 
 @contextlib.contextmanager
@@ -72,7 +69,7 @@ def exit_on_error():
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if type(error) is UserError else 1)
 
@@ -83,19 +80,20 @@ def parse_args(cls, presets, argv=None):
     given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
     default = {"env_id": given.env_id, **presets[preset_name(given.env_id, given.observation)]}
     if run := given.resume or given.evaluate:
-        with explain(f"{run} is no run folder", OSError, ValueError, yaml.YAMLError):
+        with explain(f"{run} is no run folder", Exception):  # whatever YAML may hold
             default = yaml.safe_load((Path(run) / "args.yaml").read_text())
         with explain(f"{run} is a run of another script or version", typeguard.TypeCheckError):
             typeguard.check_type(default, typing.TypedDict("Args", typing.get_type_hints(cls)))
-    args = tyro.cli(cls, default=cls(**default), args=argv)
-    free = [*CHANGEABLE, "seed"] if given.evaluate else CHANGEABLE
+    if sum(flag.startswith(("--resume", "--evaluate")) for flag in argv) != bool(run):
+        raise UserError("--resume and --evaluate take a run folder, and do not go together")
+    args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if run and name not in free and value != default[name]:
+        least, most = getattr(hint, "__metadata__", (0, 2**31 - 1))
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise UserError(f"{flag} is {value}, it must be from {least} to {most}")
+        if run and value != default[name] and name not in (*CHANGEABLE, given.evaluate and "seed"):
             raise UserError(f"{flag} cannot change in a run that exists")
-        least = "above 0" if hint in (Count, Rate) else "0 or more"
-        if isinstance(value, int | float) and not (value > 0 or (value == 0 and "more" in least)):
-            raise UserError(f"{flag} is {value}, it must be {least}")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
@@ -105,8 +103,8 @@ def new_run(args, size):
     """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if `size` GiB are not free."""
     if size > (free := shutil.disk_usage(".").free / 2**30):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
-    env_id = args["env_id"].replace("/", "-").replace(":", "-")
-    run = Path("runs") / f"{env_id}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
+    name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
+    run = Path("runs") / name.replace("/", "-").replace(":", "-")
     run.mkdir(parents=True)
     (run / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
     return run
@@ -128,15 +126,17 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
     if "MUJOCO_GL" not in os.environ and (kind.startswith("dmc") or (kind == "other" and kwargs)):
         choose_gl(needed=kind != "other" and bool(kwargs))
     if kind.startswith("dmc"):
-        env_id = f"shimmy:dm_control/{env_id.split('/')[1].removesuffix('-v0')}-v0"
+        env_id = f"shimmy:dm_control/{env_id.split('/', 1)[1].removesuffix('-v0')}-v0"
         camera = 2 if "quadruped" in env_id else 0
         kwargs["render_kwargs"] = {"width": SIZE, "height": SIZE, "camera_id": camera}
     if kind == "atari":  # frame skip and time limit follow below, so that frames are counted once
         kwargs |= {"frameskip": 1, "max_episode_steps": -1, "full_action_space": full_action_space}
         kwargs |= {"obs_type": "grayscale" if grayscale else "rgb"}
         kwargs |= {} if sticky_prob is None else {"repeat_action_probability": sticky_prob}
-    with explain(f"no {env_id.removeprefix('shimmy:')}", ImportError, gym.error.Error, TypeError):
+    with explain(f"no {env_id.removeprefix('shimmy:')}", Exception, SystemExit):
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if kwargs.get("render_mode") not in (None, *env.metadata.get("render_modes", ())):
+            raise ValueError("it cannot be drawn")
     if kind == "atari":
         env = gym.wrappers.AtariPreprocessing(env, 30, action_repeat, SIZE, grayscale_obs=grayscale)
         action_repeat = 1
@@ -226,7 +226,7 @@ def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options)
     keys = [(options["seed"], *key) for key in enumerate(episodes or [0] * num_envs, first_index)]
     fns = [lambda i=i, k=k: make_env(index=i, episode=k, **options) for _, i, k in keys]
     if parallel:
-        gym.logger.min_level = gym.logger.ERROR + 1  # an EnvError says it
+        gym.logger.min_level = gym.logger.ERROR + 1  # explain_env says it
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers as well
         envs = gym.vector.AsyncVectorEnv(fns, context="spawn")
         signal.signal(signal.SIGINT, handler)
@@ -253,7 +253,7 @@ def step_rows(envs, action, done):
     none = np.zeros(envs.num_envs, bool)
     try:
         out = (envs.reset()[0], none, none, none, {}) if done.all() else envs.step(action)
-    except (EOFError, ConnectionError):  # a process died; one that only failed raises EnvError
+    except (EOFError, ConnectionError):  # a process died; one that only failed says why
         sentinels = [process.sentinel for process in envs.processes]
         dead = sentinels.index((wait(sentinels, timeout=9) or sentinels)[0])
         envs.closed = True  # gymnasium would wait for it
@@ -410,7 +410,6 @@ class FiniteGuard:
         """Raises FloatingPointError with the update and the names of the first bad values."""
         if (when := self.first.min().item()) < torch.inf:
             bad = [self.names[i] for i in (self.first == when).nonzero()]
-            bad = [name for name in bad if name.startswith("losses/")] or bad
             raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
 
 
@@ -446,7 +445,7 @@ def load_checkpoint(run, parts):
 
 
 class Interrupt(contextlib.AbstractContextManager):
-    """Ends the loop after a step on Ctrl-C (130, a second one now), SIGTERM (143), EnvError (1)."""
+    """Ends the loop after a step on Ctrl-C (130; again: at once), SIGTERM (143), a failure (1)."""
 
     def __init__(self):
         self.code = 0
@@ -458,10 +457,10 @@ class Interrupt(contextlib.AbstractContextManager):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, kind, error, trace):
-        if kind is EnvError and not self.code:  # or the signal ended a process of its own
+        if kind is ChildProcessError and not self.code:  # or the signal ended a process of its own
             tqdm.write(f"error: {error}", file=sys.stderr)
             self.code = 1
-        return kind is EnvError
+        return kind is ChildProcessError
 
 
 def crossed(before, after, every):

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Args:
     grayscale: bool = False  # images of one channel, not three
     action_repeat: common.Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeats (paper .25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 5000  # env frames of random play before learning
@@ -87,15 +87,15 @@ class Args:
     kl_scale: float = 0.1  # beta, the weight of the KL
     free_nats: float = 3.0  # KL that costs nothing, of the mean over the batch
     # --- behavior ---
-    gamma: float = 0.99  # discount per agent step
-    discount_lambda: float = 0.95  # lambda of the returns
+    gamma: common.Share = 0.99  # discount per agent step
+    discount_lambda: common.Share = 0.95  # lambda of the returns
     imag_horizon: common.Count = 10  # imagined steps
     actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # Eq. 7, or not through the model
     actor_entropy: float = 0.0  # weight of the actor's entropy (not in the paper)
     expl_noise: float = 0.3  # std of the noise on continuous actions
-    expl_epsilon: float = 0.4  # share of random actions among discrete ones, at first
-    expl_min: float = 0.1  # at last
+    expl_epsilon: common.Share = 0.4  # share of random actions among discrete ones, at first
+    expl_min: common.Share = 0.1  # at last
     expl_decay: common.Count = 200_000  # updates in between
     # --- optimizers ---
     train_every: common.Count = 1000  # env frames from one training to the next

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Args:
     grayscale: bool = True  # images of one channel, not three
     action_repeat: common.Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: float | None = None  # Atari: chance of a repeated action (paper .25), None by id
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeats (paper .25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning
@@ -84,16 +84,16 @@ class Args:
     discount_head: bool = True  # learn where episodes end
     discount_scale: float = 5.0  # weight of its loss
     kl_scale: float = 0.1  # beta, the weight of the KL
-    kl_balance: float = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
+    kl_balance: common.Share = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
     free_nats: float = 0.0  # KL that costs nothing
     free_avg: bool = True  # so for the mean over the batch, not for each step
     # --- behavior ---
-    gamma: float = 0.999  # discount per agent step (paper .995)
-    discount_lambda: float = 0.95  # lambda of the returns
+    gamma: common.Share = 0.999  # discount per agent step (paper .995)
+    discount_lambda: common.Share = 0.95  # lambda of the returns
     imag_horizon: common.Count = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
-    actor_grad_mix: float = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
+    actor_grad_mix: common.Share = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
     actor_entropy: float = 1e-3  # eta of Eq. 6
     slow_update: common.Count = 100  # updates between copies of the critic
     # --- optimizers ---

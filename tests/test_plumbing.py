@@ -159,8 +159,8 @@ def test_a_0_is_fine_where_it_means_something():
 
 
 @pytest.mark.parametrize(("kind", "code"), [
-    (common.UserError, 2), (common.EnvError, 1), (FloatingPointError, 1), (OSError, 1),
-    (PermissionError, 1), (ChildProcessError, 1), (FileNotFoundError, 1),
+    (common.UserError, 2), (ChildProcessError, 1), (FloatingPointError, 1), (OSError, 1),
+    (PermissionError, 1), (FileNotFoundError, 1),
 ])  # fmt: skip
 def test_errors_that_are_meant_for_users_take_one_line_and_have_codes(capsys, kind, code):
     with pytest.raises(SystemExit) as stop, common.exit_on_error():
@@ -371,7 +371,7 @@ def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(handlers, numbe
 
 def test_a_failed_environment_ends_the_loop_with_a_line_and_code_1(handlers, capsys):
     with common.Interrupt() as interrupt:
-        raise common.EnvError("environment 3 failed")
+        raise ChildProcessError("environment 3 failed")
     assert interrupt.code == 1
     assert capsys.readouterr().err == "error: environment 3 failed\n"
     with common.Interrupt() as interrupt:
@@ -385,7 +385,7 @@ def test_a_failed_environment_ends_the_loop_with_a_line_and_code_1(handlers, cap
 def test_a_signal_that_ends_the_processes_of_environments_too_keeps_its_code(handlers, capsys):
     with common.Interrupt() as interrupt:
         signal.raise_signal(signal.SIGTERM)
-        raise common.EnvError("its process died")
+        raise ChildProcessError("its process died")
     assert interrupt.code == 143
     assert capsys.readouterr().err == ""
 
@@ -952,12 +952,12 @@ def failing(tmp_path, monkeypatch):
 
 
 def play_until_it_fails(envs):
-    """Random play; it must end with an EnvError -> its text, one line."""
+    """Random play; it must end with a ChildProcessError -> its text, one line."""
     rng, done = np.random.default_rng(0), np.ones(envs.num_envs, bool)
     try:
         for _ in range(50):
             _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
-    except common.EnvError as error:
+    except ChildProcessError as error:
         return str(error)
     raise AssertionError("no environment failed")
 
@@ -976,7 +976,9 @@ def test_an_environment_that_fails_to_draw_is_named(monkeypatch):
 
     envs = common.make_envs(2, env_id="CartPole-v1", seed=5, observation="pixels")
     monkeypatch.setattr(type(envs.envs[1].unwrapped), "render", draw)
-    with pytest.raises(common.EnvError, match=r"environment 0 of CartPole-v1 \(seed 5, episode 0"):
+    with pytest.raises(
+        ChildProcessError, match=r"environment 0 of CartPole-v1 \(seed 5, episode 0"
+    ):
         reset_rows(envs)
     envs.close()
 
@@ -1010,7 +1012,7 @@ def test_a_process_that_was_killed_between_steps_is_named(failing):
     reset_rows(envs)
     envs.processes[1].kill()
     envs.processes[1].join()
-    with pytest.raises(common.EnvError, match=r"environment 1 .*seed 5, episode 0.* died"):
+    with pytest.raises(ChildProcessError, match=r"environment 1 .*seed 5, episode 0.* died"):
         common.step_rows(envs, np.eye(2), np.zeros(2, bool))
     envs.close()
 
@@ -1029,7 +1031,7 @@ if __name__ == "__main__":
         envs.processes[0].join()
         try:
             common.step_rows(envs, np.eye(2), np.zeros(2, bool))
-        except common.EnvError:
+        except ChildProcessError:
             print("failed", flush=True)
     {end}
 """
