@@ -558,7 +558,7 @@ BAD = {
     "--env-id CartPole-v1 --model-lr 0": "--model-lr is 0",
     "--env-id CartPole-v1 --model-lr nan": "--model-lr is nan",
     "--env-id CartPole-v1 --seed -1": "--seed is -1",
-    "--env-id CartPole-v1 --pixels --replay-size 1000000000000 --total-frames 1000000000000":
+    "--env-id CartPole-v1 --pixels --replay-size 2000000000 --total-frames 2000000000":
         "GiB.*replay-size",
     "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for discrete",
     "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous",
