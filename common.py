@@ -19,7 +19,6 @@ import threading
 import time
 import typing
 import zipfile
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import ale_py  # noqa: F401  registers the Atari games
@@ -84,6 +83,8 @@ def parse_args(cls, presets, argv=None):
             default = yaml.safe_load((Path(run) / "args.yaml").read_text())
         with explain(f"{run} is a run of another script or version", typeguard.TypeCheckError):
             typeguard.check_type(default, typing.TypedDict("Args", typing.get_type_hints(cls)))
+        if ":" in default["env_id"] and given.env_id != default["env_id"]:
+            raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
     if sum(flag.startswith(("--resume", "--evaluate")) for flag in argv) != bool(run):
         raise UserError("--resume and --evaluate take a run folder, and do not go together")
     args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
@@ -106,7 +107,6 @@ def new_run(args, size):
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
     run = Path("runs") / name.replace("/", "-").replace(":", "-")
     run.mkdir(parents=True)
-    (run / "args.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
     return run
 
 
@@ -222,7 +222,7 @@ class Standard(gym.Wrapper):
 
 
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
-    """A vector of `make_env`s, each reset by the step after its last (gymnasium's NEXT_STEP)."""
+    """A vector of `make_env`s, reset by the step after their last; `shapes`: what a row holds."""
     keys = [(options["seed"], *key) for key in enumerate(episodes or [0] * num_envs, first_index)]
     fns = [lambda i=i, k=k: make_env(index=i, episode=k, **options) for _, i, k in keys]
     if parallel:
@@ -234,7 +234,6 @@ def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options)
         envs = gym.vector.SyncVectorEnv(fns)
     envs.env_id, envs.keys = options["env_id"], np.array(keys)
     envs.discrete = isinstance(envs.single_action_space, MultiBinary)  # actions are one-hot
-    # What a row of one environment holds: dict of name -> (shape, dtype).
     envs.shapes = {k: (v.shape, v.dtype) for k, v in envs.single_observation_space.items()}
     envs.shapes |= {"action": (envs.single_action_space.shape, np.float32)}
     envs.shapes |= dict.fromkeys(("reward", "is_first", "is_terminal"), ((), np.float32))
@@ -250,12 +249,10 @@ def random_actions(envs, rng):
 def step_rows(envs, action, done):
     """Steps all environments, or resets them if all are done -> rows, done (N,), info."""
     envs.keys[:, 2] += done
-    none = np.zeros(envs.num_envs, bool)
     try:
-        out = (envs.reset()[0], none, none, none, {}) if done.all() else envs.step(action)
+        out = (envs.reset()[0], *[done & False] * 3, {}) if done.all() else envs.step(action)
     except (EOFError, ConnectionError):  # a process died; one that only failed says why
-        sentinels = [process.sentinel for process in envs.processes]
-        dead = sentinels.index((wait(sentinels, timeout=9) or sentinels)[0])
+        dead = next(i for i, p in enumerate(envs.processes) if p.join(1) or p.exitcode is not None)
         envs.closed = True  # gymnasium would wait for it
         with explain_env(envs.env_id, *envs.keys[dead]):
             raise ChildProcessError("its process died") from None
@@ -286,27 +283,22 @@ class Replay:
 
     Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
     share a write head; no window crosses it, and a window stays in one environment's stream.
-    With the state of a checkpoint it has its rows, less those that a full ring has overwritten.
     """
 
-    def __init__(self, folder, capacity, shapes, num_envs, seed, state=None, device="cpu"):
+    def __init__(self, folder, capacity, shapes, num_envs, seed, device="cpu"):
         self.folder, self.num_envs, self.device = Path(folder), num_envs, device
+        fresh = not self.folder.exists()
         self.folder.mkdir(exist_ok=True)
         lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
         with explain(f"another process trains in {self.folder.parent}", OSError):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
         self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
-        self.written = self.map("written", (1, 2), np.int64, not state)[0]  # rows ever, capacity
+        self.written = self.map("written", (1, 2), np.int64, fresh)[0]  # rows ever, capacity
         grows = self.written[0] <= self.written[1]  # a ring that has come round keeps its size
         self.capacity, self.data = int(max(self.written[1], capacity * grows)), {}
         for name, (shape, dtype) in shapes.items():
-            self.data[name] = self.map(name, (self.capacity, num_envs, *shape), dtype, not state)
+            self.data[name] = self.map(name, (self.capacity, num_envs, *shape), dtype, fresh)
         self.written[1] = self.capacity  # at last, so that growth on a full disk can be given up
-        if state:
-            self.end, self.rng.bit_generator.state = state["end"], state["rng"]
-            self.start = min(self.end, max(state["start"], int(self.written[0]) - self.capacity))
-        if self.written[0] < self.end:
-            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
 
     def map(self, name, shape, dtype, fresh):
         """Makes an array, or opens one and lets its file grow to the shape."""
@@ -328,6 +320,13 @@ class Replay:
         for data in (*self.data.values(), self.written):
             data.flush()
         return {"start": self.start, "end": self.end, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state):
+        """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
+        self.end, self.rng.bit_generator.state = state["end"], state["rng"]
+        self.start = min(self.end, max(state["start"], int(self.written[0]) - self.capacity))
+        if self.written[0] < self.end:
+            raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
 
     def __len__(self):
         return self.end - self.start
@@ -440,7 +439,7 @@ def load_checkpoint(run, parts):
             return state
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
-                print(f"{path} cannot be used: {error!r}"[:200], file=sys.stderr)
+                print(f"{path} cannot be used, trying another: {error!r}"[:200], file=sys.stderr)
     raise UserError(f"no checkpoint can be read in {run}")
 
 
@@ -475,12 +474,14 @@ class Logger:
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
             wandb = importlib.import_module("wandb")
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
+        (new := run / "args.new.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
+        new.replace(run / "args.yaml")
         self.run, self.began = run, time.time() - seconds
         self.last = np.array([seconds, frames, updates])
         self.writer = SummaryWriter(run, purge_step=frames + 1)
         threading.excepthook = lambda thread: None  # the writer raises what its thread does
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self.file.truncate(min(size, self.file.tell()))  # what came after a checkpoint comes again
+        self.file.seek(self.file.truncate(min(size, self.file.tell())))  # later rows come again
         self.writer.add_text("hyperparameters", f"```\n{yaml.safe_dump(args)}```", frames)
         wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s
         self.bar = tqdm(total=args["total_frames"], initial=frames, unit=" frames", **wait)

@@ -599,7 +599,7 @@ def policy(agent, row, state, sample=True):
 def main(args):
     if args.imag_horizon < 2:
         raise common.UserError("--imag-horizon is 1, it must be 2 or more")
-    config = asdict(args)
+    config = asdict(args) | {"resume": ""}
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
         args.precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -619,25 +619,26 @@ def main(args):
         raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
     agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
     parts = {"agent": agent, **make_optimizers(agent, args)}
-    run = args.resume or args.evaluate
-    saved = common.load_checkpoint(run, parts) if run else {}
     play = partial(policy, agent, sample=False)
     evaluate = partial(common.evaluate, eval_envs, play, args.eval_episodes, args.capture_video)
     if args.evaluate:
+        common.load_checkpoint(args.evaluate, parts)
         returns, film = evaluate()
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
-        return common.save_gif(Path(run) / "videos" / "evaluate.gif", film) if film else None
+        return common.save_gif(Path(args.evaluate, "videos/evaluate.gif"), film) if film else None
 
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
     if args.batch_length > min(rows, args.prefill // args.num_envs):
         raise common.UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
-    step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
-    frames, known = step * args.action_repeat, saved.get("replay")
-    envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
     gib = args.num_envs * sum(np.empty(*shape).nbytes for shape in shapes.values()) / 2**30  # a row
-    run = Path(run) if run else common.new_run(config, rows * gib)
-    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, known, device)
+    run = Path(args.resume) if args.resume else common.new_run(config, rows * gib)
+    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, device)
+    parts["replay"] = replay
+    saved = common.load_checkpoint(run, parts) if args.resume else {}
+    step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
+    frames = step * args.action_repeat
+    envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
     if saved:
         common.set_rng(saved["rng"])
         for key, old in zip(eval_envs.get_attr("key"), saved["eval_keys"], strict=False):
@@ -645,16 +646,14 @@ def main(args):
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
     preset = common.preset_name(args.env_id, args.observation)
     print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
-    rows = replay.capacity  # what it has if it was there before
-    print(f"parameters: {sizes}; replay {rows * args.num_envs:,} rows, {rows * gib:.2f} GiB")
+    print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {replay.capacity * gib:.2f} GiB")
     logger = common.Logger(run, config, frames, updates, seconds, size)
     guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
     row, done, state = None, np.ones(args.num_envs, bool), None  # so that all begin an episode
 
     def save():
         guard.check()
-        more = {"replay": replay.state_dict(), "rng": common.get_rng(), "metrics": metrics}
-        more["eval_keys"] = eval_envs.get_attr("key")
+        more = {"rng": common.get_rng(), "eval_keys": eval_envs.get_attr("key"), "metrics": metrics}
         log = (time.time() - logger.began, logger.file.tell())
         more["counters"] = (step, updates, before, *log, envs.keys[:, 2].tolist())
         common.save_checkpoint(run, parts, more)
@@ -663,8 +662,8 @@ def main(args):
         while not interrupt.code:
             # Every turn of the loop is an update, as long as one is due, or else a step.
             due = args.pretrain + 1 + (step - args.prefill) // args.train_every
-            learns = step >= args.prefill
-            if learns and updates < due and len(replay) >= args.batch_length:
+            learns, ready = step >= args.prefill, len(replay) >= args.batch_length
+            if learns and ready and updates < due:
                 began = time.time()
                 batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
                 metrics = update(agent, parts, batch, updates, args)
@@ -676,11 +675,7 @@ def main(args):
                 continue
 
             last, crossed = step >= steps, partial(common.crossed, before, frames)
-            if metrics and (last or crossed(args.log_every)):
-                guard.check()
-                metrics |= {"replay/rows": len(replay)} | logger.speed(frames, updates)
-                logger.log(metrics, frames, updates)
-            if metrics and "image" in shapes and crossed(args.video_every):
+            if metrics and ready and "image" in shapes and crossed(args.video_every):
                 batch = replay.sample(6, args.batch_length)
                 logger.gif("open_loop", agent["world_model"].open_loop(batch), frames)
             if (last and frames > before) or (updates and crossed(args.eval_every)):
@@ -688,6 +683,10 @@ def main(args):
                 logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
+            if metrics and frames > before and (last or crossed(args.log_every)):
+                guard.check()
+                metrics |= {"replay/rows": len(replay)} | logger.speed(frames, updates)
+                logger.log(metrics, frames, updates)
             before = frames
             if last:
                 break
@@ -708,10 +707,11 @@ def main(args):
                 logger.log({f"charts/episodic_{k}": v for k, v in ended.items()}, frames, updates)
 
     save()
-    for closing in (logger.bar, logger.file, logger.writer, envs, eval_envs):
-        closing.close()
     if interrupt.code:
-        print(f"stopped at frame {frames:,}; python {__file__} --resume {run}")
+        print(f"go on with: python {__file__} --resume {run} --env-id {args.env_id}")
+    for closing in (logger.bar, logger.file, logger.writer, eval_envs):
+        closing.close()
+    envs.close(terminate=True)  # asks nothing of a process that may be dead
     raise SystemExit(interrupt.code)
 
 

@@ -13,10 +13,12 @@ import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
+
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -25,34 +27,30 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-PHASES = ["other", "step", "update", "checkpoint", "evaluation"]
+PHASES = ["step_rows", "update", "save_checkpoint", "evaluate"]
 
 
-def play(script, phase_file, flags):
-    """Runs the script in this process and writes to a file in which phase it is."""
+def play(script, kill_file, flags):
+    """Runs the script in this process, which kills itself in the phase that the file asks for."""
     sys.path.insert(0, str(ROOT))
     import common
 
-    module, phase = importlib.import_module(Path(script).stem), np.memmap(phase_file, np.uint8)
+    module, wanted = importlib.import_module(Path(script).stem), np.memmap(kill_file, np.uint8)
 
     def tell(owner, name, number):
         original = getattr(owner, name)
 
         def told(*args, **kwargs):
-            before, phase[0] = (
-                phase[0],
-                max(number, phase[0]),
-            )  # steps of an evaluation belong to it
-            try:
-                return original(*args, **kwargs)
-            finally:
-                phase[0] = before
+            if wanted[0] == number:  # in an instant; the steps of an evaluation are in it too
+                moment = random.SystemRandom().random() * (0 if number == 1 else 0.01)  # s
+                kill = (os.getpid(), signal.SIGKILL)
+                os.kill(*kill) if not moment else threading.Timer(moment, os.kill, kill).start()
+            return original(*args, **kwargs)
 
         setattr(owner, name, told)
 
-    for owner, name in ((common, "step_rows"), (module, "update"), (common, "save_checkpoint")):
-        tell(owner, name, {"step_rows": 1, "update": 2, "save_checkpoint": 3}[name])
-    tell(common, "evaluate", 4)
+    for number, name in enumerate(PHASES, 1):
+        tell(module if name == "update" else common, name, number)
     with common.exit_on_error():
         module.main(common.parse_args(module.Args, module.PRESETS, flags))
 
@@ -97,29 +95,26 @@ def check(folder, known):
 
 def kill_often(script, flags, kills, cwd, seed=0, seconds=(3.0, 10.0)):
     """Runs, kills and resumes -> run folder, a (phase, step, updates) for each kill."""
-    rng, known, seen, phase_file = random.Random(seed), None, [], Path(cwd) / "phase"
+    rng, known, seen, kill_file = random.Random(seed), None, [], Path(cwd) / "kill"
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(flags):
-        np.zeros(1, np.uint8).tofile(phase_file)
-        command = [sys.executable, __file__, "--play", str(phase_file), script, *flags]
+        np.zeros(1, np.uint8).tofile(kill_file)
+        command = [sys.executable, __file__, "--play", str(kill_file), script, *flags]
         return subprocess.Popen(command, cwd=cwd, env=environ)
 
     process = start(flags)
     for kill in range(kills):
-        wanted, moment = 1 + kill % 4, time.monotonic() + rng.uniform(*seconds)
-        phase = np.memmap(phase_file, np.uint8, "r")
-        while process.poll() is None and (time.monotonic() < moment or phase[0] != wanted):
-            time.sleep(0.0005)
-        if process.poll() is not None:
+        try:
+            process.wait(rng.uniform(*seconds))
+        except subprocess.TimeoutExpired:
+            np.memmap(kill_file, np.uint8)[0] = 1 + kill % 4
+        if process.wait() != -signal.SIGKILL:
             break  # it ended by itself
-        time.sleep(rng.choice([0, 0.001, 0.01]))
-        process.kill()
-        process.wait()
         folders = list(Path(cwd).glob("runs/*"))
         known = check(folders[0], known) if folders else None
         counted = (known["step"], known["updates"]) if known else (0, 0)
-        seen.append((PHASES[phase[0]], *counted))
+        seen.append((PHASES[kill % 4], *counted))
         if known is None:  # nothing to resume: the run begins anew
             for folder in folders:
                 folder.rename(Path(cwd) / f"lost_{kill}")

@@ -109,6 +109,109 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
         assert ours == theirs  # to the last bit
 
 
+@pytest.mark.parametrize("step", [120, 134])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_environments_that_a_stop_breaks_off_are_truncated_and_nothing_else_changes(
+    script, step, tmp_path, monkeypatch
+):
+    """The reference run takes all of its three environments as done after that step."""
+    step_rows, folders = common.step_rows, []
+    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --num-envs 3 --log-every 50"
+    flags += " --eval-every 100 --checkpoint-every 130 --total-frames 600"
+
+    class AllDone(np.ndarray):
+        def all(self, *args, **kwargs):
+            return True
+
+    def interfere(envs, action, done):
+        if isinstance(done, AllDone):
+            done = np.ones(3, bool)
+        row, done, info = step_rows(envs, action, done)
+        if envs.num_envs == 3:
+            steps.append(1)
+            if len(steps) == step:
+                assert not done.all()
+                if name == "stopped":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    done = done.view(AllDone)
+        return row, done, info
+
+    for name in ("whole", "stopped"):
+        steps = []
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setattr(common, "step_rows", interfere)
+        play(script, flags, 143 if name == "stopped" else 0)
+        monkeypatch.setattr(common, "step_rows", step_rows)
+        [folder] = Path("runs").iterdir()
+        if name == "stopped":
+            play(script, f"--resume {folder}")
+        folders.append(metrics(folder))
+    assert folders[0][-1]["frames"] >= 600
+    assert folders[0] == folders[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_however_often_a_run_is_stopped_its_log_has_each_row_once(script, tmp_path, monkeypatch):
+    """Stops, a kill's lost rows, a failed evaluation, and resumes after the end."""
+    module = importlib.import_module(Path(script).stem)
+    update, evaluate, calls = module.update, common.evaluate, []
+    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --log-every 50 --eval-every 100"
+
+    def stopping(*args):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) % 3 == 2 else None)
+        return update(*args)
+
+    def failing(*args):
+        monkeypatch.setattr(common, "evaluate", evaluate)
+        raise ChildProcessError("the environment failed")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "update", stopping)
+    code = play(script, f"{flags} --total-frames 400", None)
+    [folder] = Path("runs").iterdir()
+    for attempt in range(40):
+        if code == 0:
+            break
+        assert code in (1, 143)
+        if attempt % 2:  # as if it had been killed after a few more rows
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write('{"frames": 999}\n{"fra')
+        if attempt == 4:
+            monkeypatch.setattr(common, "evaluate", failing)
+        code = play(script, f"--resume {folder}", None)
+    assert code == 0
+    monkeypatch.setattr(module, "update", update)
+    for _ in range(2):
+        play(script, f"--resume {folder}")
+    rows = [(row["frames"], row["updates"], *sorted(row)) for row in metrics(folder)]
+    assert rows[-1][0] == 400
+    assert len(set(rows)) == len(rows)
+    assert rows == sorted(rows, key=lambda row: row[:2])
+    assert len([row for row in rows if "losses/kl" in row]) >= 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_remembers_how_far_it_was_told_to_go(script, tmp_path, monkeypatch):
+    module = importlib.import_module(Path(script).stem)
+    update, calls = module.update, []
+
+    def stopping(*args):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 1 else None)
+        return update(*args)
+
+    monkeypatch.chdir(tmp_path)
+    play(script, f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 210")
+    [folder] = Path("runs").iterdir()
+    monkeypatch.setattr(module, "update", stopping)
+    play(script, f"--resume {folder} --total-frames 300 --log-every 10", 143)
+    play(script, f"--resume {folder}")
+    rows = metrics(folder)
+    assert rows[-1]["frames"] == 300
+    assert len([row for row in rows if row["frames"] > 210 and "losses/kl" in row]) == 9
+
+
 @UNCLOSED
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, tmp_path, monkeypatch, capsys):
@@ -119,6 +222,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, tmp_path, monke
         calls.append(1)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
+            calls.append("the first one lets the update go on")
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the update went on")
         return update(*args)
@@ -127,6 +231,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, tmp_path, monke
     monkeypatch.setattr(module, "update", stop_at_once)
     play(script, f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 400", 130)
     [folder] = Path("runs").iterdir()
+    assert len(calls) == 5
     assert not list(folder.glob("checkpoint*"))
     assert "Traceback" not in capsys.readouterr().err
 
@@ -198,10 +303,10 @@ FAILS += [
 ]
 
 
-@pytest.mark.parametrize(("script", "kind", "where"), FAILS)
-def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kind, where, tmp_path):
+@pytest.mark.parametrize(("script", "kind", "envs"), FAILS)
+def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kind, envs, tmp_path):
     (tmp_path / "breaking.py").write_text(BREAKING)
-    flags = f"{TINY} {SCHEDULE[script]} --prefill 50 --env-id breaking:{kind}-v0 {where}"
+    flags = f"{TINY} {SCHEDULE[script]} --prefill 50 --env-id breaking:{kind}-v0 {envs}"
     process = in_the_background(script, f"{flags} --total-frames 400 --eval-every 0", tmp_path)
     began = time.monotonic()
     out, err = process.communicate(timeout=100)
@@ -213,9 +318,10 @@ def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kin
     assert ("no more power" in line) if kind == "raise" else ("its process died" in line)
     [resume] = [line for line in out.splitlines() if "--resume" in line]
     [folder] = tmp_path.glob("runs/*")
-    assert resume.endswith(f"{script} --resume {folder.relative_to(tmp_path)}")
+    where = f"--resume {folder.relative_to(tmp_path)} --env-id breaking:{kind}-v0"
+    assert resume.endswith(f"{script} {where}")
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert saved["counters"][0] == (106 if not where else 212)  # four episodes of 25 and 6 steps
+    assert saved["counters"][0] == (106 if not envs else 212)  # four episodes of 25 and 6 steps
     (tmp_path / "mended").touch()
     again = in_the_background(script, resume.split(f"{script} ")[1], tmp_path)
     _, err = again.communicate(timeout=100)
@@ -264,6 +370,31 @@ def test_a_full_disk_stops_a_run_in_one_line_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(common.shutil, "disk_usage", usage)
     play(script, f"--resume {folder}")
     assert metrics(folder)[-1]["frames"] == 400
+
+
+# Folders from someone else
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_module_that_a_run_folder_names_is_imported_only_if_the_user_names_it_too(
+    script, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('pwned', 'w')\n")
+    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 210"
+    play(script, flags)
+    [folder] = Path("runs").iterdir()
+    args = (folder / "args.yaml").read_text()
+    (folder / "args.yaml").write_text(args.replace("CartPole-v1", "evil:CartPole-v1"))
+    for flag in ("--resume", "--evaluate"):
+        play(script, f"{flag} {folder}", 2)
+        assert "error: add --env-id evil:CartPole-v1 if" in capsys.readouterr().err
+        assert "evil" not in sys.modules
+        assert not Path("pwned").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it leaves its file open
+        play(script, f"--evaluate {folder} --env-id evil:CartPole-v1")
+    assert Path("pwned").exists()
+    del sys.modules["evil"]
 
 
 # Damaged folders
@@ -430,9 +561,9 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing_that_it_saved(scri
         from kill_often import kill_often
     finally:
         sys.path.pop(0)
-    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 3000 --replay-size 1200"
+    flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 8000 --replay-size 1200"
     flags += " --checkpoint-every 100 --eval-every 200 --log-every 100"
-    folder, seen = kill_often(script, flags.split(), 4, tmp_path, seconds=(2.0, 4.0))
-    assert {phase for phase, *_ in seen} >= {"step", "update", "checkpoint", "evaluation"}
+    folder, seen = kill_often(script, flags.split(), 4, tmp_path, seconds=(5.0, 6.0))
+    assert [phase for phase, *_ in seen] == ["step_rows", "update", "save_checkpoint", "evaluate"]
     assert seen[-1][2] > 0
-    assert metrics(folder)[-1]["frames"] == 3000
+    assert metrics(folder)[-1]["frames"] == 8000
