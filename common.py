@@ -106,7 +106,7 @@ def new_run(args, size):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
     run = Path("runs") / name.replace("/", "-").replace(":", "-")
-    run.mkdir(parents=True)
+    (run / "replay").mkdir(parents=True)
     return run
 
 
@@ -287,11 +287,10 @@ class Replay:
 
     def __init__(self, folder, capacity, shapes, num_envs, seed, device="cpu"):
         self.folder, self.num_envs, self.device = Path(folder), num_envs, device
-        fresh = not self.folder.exists()
-        self.folder.mkdir(exist_ok=True)
-        lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
-        with explain(f"another process trains in {self.folder.parent}", OSError):
+        with explain(f"another process trains in {self.folder}, or it is missing", OSError):
+            lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
+        fresh = not any(self.folder.glob("*.npy"))
         self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
         self.written = self.map("written", (1, 2), np.int64, fresh)[0]  # rows ever, capacity
         grows = self.written[0] <= self.written[1]  # a ring that has come round keeps its size

@@ -169,7 +169,7 @@ CHANGES = {  # of one argument in args.yaml
     "actions": ({"actor_dist": "tanh_normal"}, "--actor-dist tanh_normal is not for discrete"),
     "horizon": ({"imag_horizon": 1}, "--imag-horizon is 1, it must be 2 or more"),
     "track": ({"track": True}, "--track needs a package .*pip install wandb"),
-    "begun": ({}, "no checkpoint can be read in v./begun"),
+    "begun": ({}, "no checkpoint can be read in v./begun|v./begun/replay, or it is missing"),
 }
 
 

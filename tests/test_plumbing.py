@@ -108,11 +108,20 @@ def test_an_unknown_flag_exits_with_code_2(capsys):
     assert "learning-rate" in capsys.readouterr().err
 
 
+def written(args):
+    """A new run folder with its args.yaml."""
+    run = common.new_run(args, 0.0)
+    log = common.Logger(run, args)
+    for closing in (log.bar, log.file, log.writer):
+        closing.close()
+    return run
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run folder of seed 3 with lr 0.7."""
     monkeypatch.chdir(tmp_path)
-    return common.new_run(asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7)), 0.0)
+    return written(asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7)))
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
@@ -404,7 +413,7 @@ def disk_with(monkeypatch, free):
 def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = asdict(Args(env_id="ALE/Pong-v5", exp_name="mine", seed=4))
-    run = common.new_run(args, 0.0)
+    run = written(args)
     assert run.parent == Path("runs")
     assert run.name.split("__")[:3] == ["ALE-Pong-v5", "mine", "4"]
     assert run.name.split("__")[3].isdigit()
@@ -545,7 +554,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(tmp_path, caps
     path.write_bytes(damage(path.read_bytes()))
     assert loaded(tmp_path) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path} cannot be used: ")
+    assert line.startswith(f"{path} cannot be used, trying another: ")
     saved(tmp_path, 3)  # the good one is not thrown away before there is a new one
     assert loaded(tmp_path) == 3
 

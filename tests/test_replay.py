@@ -39,9 +39,8 @@ def make_row(number, num_envs=3, first=()):
 
 
 def made(folder, *args):
-    """A new replay: its folder is not there yet, or is an empty one of pytest's."""
-    if folder.exists():
-        folder.rmdir()
+    """A new replay."""
+    folder.mkdir(exist_ok=True)
     return common.Replay(folder, *args)
 
 
@@ -590,9 +589,9 @@ def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name)
 
 
 def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
-    state = filled(tmp_path / "here", 10, 3).state_dict()
-    with pytest.raises(common.UserError, match="lacks rows"):
-        resume(tmp_path / "elsewhere", 10, state)
+    with pytest.raises(common.UserError, match="elsewhere, or it is missing: FileNotFoundError"):
+        common.Replay(tmp_path / "elsewhere", 10, SHAPES, 3, 0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # numpy's, of a zip archive that is none
@@ -619,7 +618,7 @@ def test_another_process_in_the_same_folder_is_refused_in_one_line(tmp_path):
     replay = filled(tmp_path / "run", 10, 5)
     state = replay.state_dict()
     error = in_another_process(lambda: resume(tmp_path / "run", 10, state))
-    assert error.startswith(f"UserError: another process trains in {tmp_path}")
+    assert error.startswith(f"UserError: another process trains in {tmp_path / 'run'}")
     assert "\n" not in error
     assert in_another_process(lambda: filled(tmp_path / "other", 10, 5)) == ""
 

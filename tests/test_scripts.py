@@ -181,7 +181,7 @@ def test_a_run_folder_can_be_read_without_our_code(small, script):
     name = f"CartPole-v1__{Path(script).stem}__1__"
     assert small.folder.name.startswith(name)
     assert list(small.folder.glob("events.out.tfevents.*"))
-    rows = small.rows[-2]["replay/rows"]
+    rows = small.rows[-1]["replay/rows"]
     replay = {path.stem: np.load(path) for path in (small.folder / "replay").glob("*.npy")}
     assert set(replay) >= {"vector", "action", "reward", "is_first", "is_terminal"}
     assert replay["vector"].shape[1:] == (1, 4)
@@ -564,7 +564,7 @@ BAD = {
     "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous",
     "--resume foreign": "foreign is a run of another script",
     "--evaluate foreign": "foreign is a run of another script",
-    "--resume begun": "no checkpoint can be read in begun",
+    "--resume begun": "begun/replay, or it is missing",
     "--evaluate begun": "no checkpoint can be read in begun",
     "--resume begun --deter 32": "--deter cannot change",
 }  # fmt: skip
