@@ -61,7 +61,7 @@ class Args:
     grayscale: bool = True  # images of one channel, not three
     action_repeat: common.Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeats (paper .25), None by id
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance of a repeat (.25), None by id
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning

@@ -108,20 +108,13 @@ def test_an_unknown_flag_exits_with_code_2(capsys):
     assert "learning-rate" in capsys.readouterr().err
 
 
-def written(args):
-    """A new run folder with its args.yaml."""
-    run = common.new_run(args, 0.0)
-    log = common.Logger(run, args)
-    for closing in (log.bar, log.file, log.writer):
-        closing.close()
-    return run
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run folder of seed 3 with lr 0.7."""
     monkeypatch.chdir(tmp_path)
-    return written(asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7)))
+    args = asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7))
+    (folder := common.new_run(args, 0.0) / "args.yaml").write_text(yaml.safe_dump(args))
+    return folder.parent
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
@@ -413,7 +406,10 @@ def disk_with(monkeypatch, free):
 def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = asdict(Args(env_id="ALE/Pong-v5", exp_name="mine", seed=4))
-    run = written(args)
+    run = common.new_run(args, 0.0)
+    log = common.Logger(run, args)
+    for closing in (log.bar, log.file, log.writer):
+        closing.close()
     assert run.parent == Path("runs")
     assert run.name.split("__")[:3] == ["ALE-Pong-v5", "mine", "4"]
     assert run.name.split("__")[3].isdigit()
