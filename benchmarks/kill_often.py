@@ -30,27 +30,29 @@ ROOT = Path(__file__).parent.parent
 PHASES = ["step_rows", "update", "save_checkpoint", "evaluate"]
 
 
-def play(script, kill_file, flags):
-    """Runs the script in this process, which kills itself in the phase that the file asks for."""
+def play(script, phase, after, flags):
+    """Runs the script in this process, which kills itself in a phase, after so many steps."""
     sys.path.insert(0, str(ROOT))
     import common
 
-    module, wanted = importlib.import_module(Path(script).stem), np.memmap(kill_file, np.uint8)
+    module, steps = importlib.import_module(Path(script).stem), []
 
-    def tell(owner, name, number):
+    def tell(owner, name):
         original = getattr(owner, name)
 
         def told(*args, **kwargs):
-            if wanted[0] == number:  # in an instant; the steps of an evaluation are in it too
-                moment = random.SystemRandom().random() * (0 if number == 1 else 0.01)  # s
+            steps.extend([1] * (name == "step_rows"))
+            if name == phase and len(steps) >= after:
                 kill = (os.getpid(), signal.SIGKILL)
-                os.kill(*kill) if not moment else threading.Timer(moment, os.kill, kill).start()
+                if name == "step_rows":  # takes less than a millisecond
+                    os.kill(*kill)
+                threading.Timer(random.SystemRandom().random() * 0.01, os.kill, kill).start()
             return original(*args, **kwargs)
 
         setattr(owner, name, told)
 
-    for number, name in enumerate(PHASES, 1):
-        tell(module if name == "update" else common, name, number)
+    for name in PHASES:
+        tell(module if name == "update" else common, name)
     with common.exit_on_error():
         module.main(common.parse_args(module.Args, module.PRESETS, flags))
 
@@ -93,22 +95,18 @@ def check(folder, known):
     return {"step": step, "updates": updates, "first": first, "end": state["end"], "rows": rows}
 
 
-def kill_often(script, flags, kills, cwd, seed=0, seconds=(3.0, 10.0)):
+def kill_often(script, flags, kills, cwd, seed=0, steps=(200, 2000)):
     """Runs, kills and resumes -> run folder, a (phase, step, updates) for each kill."""
-    rng, known, seen, kill_file = random.Random(seed), None, [], Path(cwd) / "kill"
+    rng, known, seen = random.Random(seed), None, []
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def start(flags):
-        np.zeros(1, np.uint8).tofile(kill_file)
-        command = [sys.executable, __file__, "--play", str(kill_file), script, *flags]
-        return subprocess.Popen(command, cwd=cwd, env=environ)
+    def start(kill, flags):
+        phase = PHASES[kill % 4] if kill < kills else "never"
+        command = [sys.executable, __file__, "--play", phase, str(rng.randint(*steps))]
+        return subprocess.Popen([*command, script, *flags], cwd=cwd, env=environ)
 
-    process = start(flags)
+    process = start(0, flags)
     for kill in range(kills):
-        try:
-            process.wait(rng.uniform(*seconds))
-        except subprocess.TimeoutExpired:
-            np.memmap(kill_file, np.uint8)[0] = 1 + kill % 4
         if process.wait() != -signal.SIGKILL:
             break  # it ended by itself
         folders = list(Path(cwd).glob("runs/*"))
@@ -118,9 +116,9 @@ def kill_often(script, flags, kills, cwd, seed=0, seconds=(3.0, 10.0)):
         if known is None:  # nothing to resume: the run begins anew
             for folder in folders:
                 folder.rename(Path(cwd) / f"lost_{kill}")
-            process = start(flags)
+            process = start(kill + 1, flags)
         else:
-            process = start(["--resume", str(folders[0].relative_to(cwd))])
+            process = start(kill + 1, ["--resume", str(folders[0].relative_to(cwd))])
     assert process.wait() == 0, process.returncode
     [folder] = Path(cwd).glob("runs/*")
     check(folder, known)
@@ -133,20 +131,18 @@ def kill_often(script, flags, kills, cwd, seed=0, seconds=(3.0, 10.0)):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--play", help=argparse.SUPPRESS)
+    parser.add_argument("--play", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--seconds", type=float, nargs=2, default=(10, 30), help="from kill to kill"
-    )
+    parser.add_argument("--steps", type=int, nargs=2, default=(200, 2000), help="apart")
     parser.add_argument("script")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args()
     if args.play:
-        play(args.script, args.play, args.flags)
+        play(args.script, args.play[0], int(args.play[1]), args.flags)
         sys.exit()
     cwd = tempfile.mkdtemp(prefix="killed_")
-    folder, seen = kill_often(args.script, args.flags, args.kills, cwd, args.seed, args.seconds)
+    folder, seen = kill_often(args.script, args.flags, args.kills, cwd, args.seed, args.steps)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     returns = [row["eval/episodic_return"] for row in rows if "eval/episodic_return" in row]
     for phase, step, updates in seen:
