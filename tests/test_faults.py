@@ -480,11 +480,11 @@ def runs(request, tmp_path_factory):
         os.chdir(before)
 
 
-def resume_and_evaluate(script, folder, capsys, code=None):
+def resume_and_evaluate(script, folder, capsys, code=None, evaluate=True):
     """Both end with one clear line or well; -> code of resume, what was printed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numbers that overflow
-        played = play(script, f"--evaluate {folder}", None)
+        played = play(script, f"--evaluate {folder}", None) if evaluate else 0
         resumed = play(script, f"--resume {folder} --total-frames 340", code)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
@@ -503,7 +503,7 @@ def damage_some(runs, numbers, tmp_path, capsys):
         shutil.copytree(folders["ours"], folder)
         kind, file = names[number % len(names)], FILES[number // len(names) % len(FILES)]
         DAMAGES[kind](folder / file, rng)
-        codes.append(resume_and_evaluate(script, folder, capsys)[0])
+        codes.append(resume_and_evaluate(script, folder, capsys, None, number % 3 == 0)[0])
         assert not list(folder.rglob("pwned")), (kind, file)
         if file == "checkpoint.pt" and kind != "appended":
             assert codes[-1] in (0, 2), (kind, number)
@@ -518,7 +518,7 @@ def test_a_damaged_run_folder_ends_in_a_clear_line_or_goes_on(runs, tmp_path, ca
 
 @pytest.mark.slow
 def test_hundreds_of_damaged_run_folders_end_in_a_clear_line_or_go_on(runs, tmp_path, capsys):
-    codes = damage_some(runs, range(9, 240), tmp_path, capsys)
+    codes = damage_some(runs, range(9, 120), tmp_path, capsys)
     assert {0, 2} <= set(codes)
 
 
