@@ -885,7 +885,7 @@ def test_a_tensor_is_filmed_with_the_videos_of_its_batch_side_by_side(tmp_path, 
     wanted = (video[2].clamp(0, 1) * 255).numpy()  # (B, C, H, W)
     wanted = np.hstack(list(wanted.transpose(0, 2, 3, 1))).squeeze()
     if channels == 1:
-        assert abs(frame - wanted).max() <= 1
+        assert abs(frame - wanted).max() < 4  # Pillow may merge neighbors in its palette
     else:  # a GIF has 256 colors
         assert abs(frame - wanted).mean() < 40
         assert np.corrcoef(frame.ravel(), wanted.ravel())[0, 1] > 0.9
