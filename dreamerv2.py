@@ -90,7 +90,7 @@ class Args:
     # --- behavior ---
     gamma: common.Share = 0.999  # discount per agent step (paper .995)
     discount_lambda: common.Share = 0.95  # lambda of the returns
-    imag_horizon: common.Count = 15  # imagined steps
+    imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
     actor_grad_mix: common.Share = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
@@ -208,8 +208,11 @@ class Decoder(nn.Module):
     def forward(self, feat):
         recon = {}
         if self.image:
-            x = self.linear(feat).flatten(0, -2)[:, :, None, None]  # (T * B, 32d, 1, 1)
-            recon["image"] = self.conv(x).float().unflatten(0, feat.shape[:-1])
+            x, first = self.linear(feat).flatten(0, -2), self.conv[0][0]  # (T * B, 32d)
+            # Of a 1 x 1 image, a transposed convolution is one matrix product, and faster as such.
+            x = F.linear(x, first.weight.flatten(1).T, first.bias.repeat_interleave(25))
+            x = self.conv[1:](self.conv[0][1:](x.unflatten(-1, first.weight.shape[1:])))
+            recon["image"] = x.float().unflatten(0, feat.shape[:-1])
         if self.vector:
             recon["vector"] = self.mlp(feat).float()
         return recon
@@ -331,7 +334,6 @@ class Actor(nn.Module):
         mean, std = self.out(x).float(), self.std(x).float()
         if self.dist == "trunc_normal":
             return TruncNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1)
-        assert self.dist == "tanh_normal", self.dist
         return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std) + 0.1)
 
 
@@ -597,8 +599,6 @@ def policy(agent, row, state, sample=True):
 
 
 def main(args):
-    if args.imag_horizon < 2:
-        raise common.UserError("--imag-horizon is 1, it must be 2 or more")
     config = asdict(args) | {"resume": ""}
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     if args.precision == "auto":
@@ -685,8 +685,7 @@ def main(args):
                     logger.gif("eval/episode", film, frames)
             if metrics and frames > before and (last or crossed(args.log_every)):
                 guard.check()
-                metrics |= {"replay/rows": len(replay)} | logger.speed(frames, updates)
-                logger.log(metrics, frames, updates)
+                logger.log(metrics | {"replay/rows": len(replay)}, frames, updates)
             before = frames
             if last:
                 break

@@ -167,7 +167,7 @@ CHANGES = {  # of one argument in args.yaml
     "nothing": ({"deter": 0}, "--deter is 0, it must be from 1 to"),
     "env_id": ({"env_id": "Nothing-v0"}, "no Nothing-v0: NameNotFound"),
     "actions": ({"actor_dist": "tanh_normal"}, "--actor-dist tanh_normal is not for discrete"),
-    "horizon": ({"imag_horizon": 1}, "--imag-horizon is 1, it must be 2 or more"),
+    "horizon": ({"imag_horizon": 1}, "--imag-horizon is 1, it must be from 2 to 2147483647"),
     "track": ({"track": True}, "--track needs a package .*pip install wandb"),
     "begun": ({}, "no checkpoint can be read in v./begun|v./begun/replay, or it is missing"),
 }
@@ -326,8 +326,9 @@ def test_numbers_at_their_bounds_are_taken(script):
 def test_what_is_a_share_goes_to_1_and_what_is_a_size_begins_at_1(script):
     for name in SHARES.split():
         assert name not in hints(script) or bounds(script, name) == (0, 1)
-    for name in "num_envs batch_size batch_length deter units imag_horizon eval_episodes".split():
+    for name in "num_envs batch_size batch_length deter units eval_episodes".split():
         assert bounds(script, name)[0] == 1
+    assert bounds(script, "imag_horizon")[0] == 2  # the last imagined state has no return
     for name in ("model_lr", "adam_eps", "clip"):
         assert bounds(script, name)[0] > 0
 
@@ -537,7 +538,7 @@ COMMON = {
     "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for discrete actions",
     "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous actions",
     "--env-id dmc/walker-walk --observation vector --actor-dist onehot": "onehot is not for cont",
-    "--env-id CartPole-v1 --imag-horizon 1": "--imag-horizon is 1, it must be 2 or more",
+    "--env-id CartPole-v1 --imag-horizon 1": "--imag-horizon is 1, it must be from 2 to 2147483647",
     "--env-id CartPole-v1 --batch-length 201": "--batch-length 201 > --prefill or --replay-size",
     "--env-id CartPole-v1 --batch-length 50 --replay-size 40": "--batch-length 50 > .*replay-size",
     "--env-id CartPole-v1 --num-envs 40": "--batch-length 7 > --prefill",

@@ -15,6 +15,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -339,6 +340,22 @@ def test_the_states_of_all_global_generators_come_back_from_a_checkpoint(tmp_pat
 
 
 # When
+def test_memory_that_was_freed_is_used_again_without_page_faults():
+    code = """
+import resource, torch, common
+common.setup(1, False, False, 1)
+faults = []
+for _ in range(20):
+    torch.ones(50 * 2**20 // 4)  # 12,800 pages
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[10])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert int(result.stdout) < 100
+
+
 @pytest.mark.parametrize(("before", "after", "every", "expected"), [
     (0, 4, 10, False), (6, 10, 10, True), (10, 14, 10, False), (8, 12, 10, True),
     (8, 45, 10, True), (0, 0, 10, False), (0, 100, 0, False), (9, 10, 1, True),
@@ -848,13 +865,17 @@ def test_broken_bytes_from_before_the_checkpoint_stop_no_resumed_run(run, logger
     assert [json.loads(line)["frames"] for line in whole] == [8, 12]
 
 
-def test_speed_is_since_it_was_asked_last(logger, monkeypatch):
-    now = iter(logger.began + np.array([10.0, 14.0, 22.0]))
+def test_a_row_of_losses_has_the_speed_since_the_last_one(run, logger, monkeypatch):
+    now = iter(logger.began + np.array([10.0, 10.1, 13.0, 14.0, 14.1, 22.0, 22.1]))
     with monkeypatch.context() as patch:
-        patch.setattr(common.time, "time", lambda: next(now))
-        speeds = [logger.speed(*counts) for counts in ((100, 10), (300, 30), (300, 46))]
-    assert speeds[1] == pytest.approx({"charts/SPS": 50, "time/updates_per_second": 5})
-    assert speeds[2] == pytest.approx({"charts/SPS": 0, "time/updates_per_second": 2})
+        patch.setattr(common, "time", SimpleNamespace(time=lambda: next(now)))
+        logger.log({"losses/model": 1.0}, 100, 10)
+        logger.log({"charts/episodic_return": 1.0}, 200, 20)
+        logger.log({"losses/model": 1.0}, 300, 30)
+        logger.log({"losses/model": 1.0}, 300, 46)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = [(r.get("charts/SPS"), r.get("time/updates_per_second")) for r in rows]
+    assert speeds == [(10, 1), (None, None), pytest.approx((50, 5)), pytest.approx((0, 2))]
 
 
 @pytest.mark.parametrize("shape", [(6, 20, 30), (6, 20, 30, 3)])
