@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import start
 
 import common
 
@@ -239,23 +239,23 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, tmp_path, monke
 @pytest.mark.slow
 def test_a_second_process_in_a_run_folder_is_refused_until_the_first_one_is_dead(tmp_path):
     flags = f"{TINY} {SCHEDULE['dreamerv2.py']} --env-id CartPole-v1 --checkpoint-every 210"
-    first = in_the_background("dreamerv2.py", f"{flags} --total-frames 90000", tmp_path)
+    first = start("dreamerv2.py", f"{flags} --total-frames 90000", tmp_path)
     try:
         wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
         [folder] = tmp_path.glob("runs/*")
-        second = in_the_background("dreamerv2.py", f"--resume {folder}", tmp_path)
+        second = start("dreamerv2.py", f"--resume {folder}", tmp_path)
         _, err = second.communicate(timeout=100)
         assert second.returncode == 2
         assert f"error: another process trains in {folder}/replay" in err
         assert first.poll() is None
-        evaluating = in_the_background("dreamerv2.py", f"--evaluate {folder}", tmp_path)
+        evaluating = start("dreamerv2.py", f"--evaluate {folder}", tmp_path)
         assert "in 2 episodes" in evaluating.communicate(timeout=100)[0]
     finally:
         first.kill()
         first.communicate()
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     total = saved["counters"][0] + 5
-    again = in_the_background("dreamerv2.py", f"--resume {folder} --total-frames {total}", tmp_path)
+    again = start("dreamerv2.py", f"--resume {folder} --total-frames {total}", tmp_path)
     _, err = again.communicate(timeout=100)
     assert again.returncode == 0, err
 
@@ -306,7 +306,7 @@ FAILS += [
 def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kind, envs, tmp_path):
     (tmp_path / "breaking.py").write_text(BREAKING)
     flags = f"{TINY} {SCHEDULE[script]} --prefill 50 --env-id breaking:{kind}-v0 {envs}"
-    process = in_the_background(script, f"{flags} --total-frames 400 --eval-every 0", tmp_path)
+    process = start(script, f"{flags} --total-frames 400 --eval-every 0", tmp_path)
     began = time.monotonic()
     out, err = process.communicate(timeout=100)
     assert time.monotonic() - began < 60
@@ -322,7 +322,7 @@ def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kin
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["counters"][0] == (106 if not envs else 212)  # four episodes of 25 and 6 steps
     (tmp_path / "mended").touch()
-    again = in_the_background(script, resume.split(f"{script} ")[1], tmp_path)
+    again = start(script, resume.split(f"{script} ")[1], tmp_path)
     _, err = again.communicate(timeout=100)
     assert again.returncode == 0, err
     assert metrics(folder)[-1]["frames"] == 400
@@ -331,13 +331,6 @@ def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, kin
     assert broke_off == 4 * 26 + 7
     assert (terminal[:broke_off].sum(0) == 4).all()  # it was truncated
     assert first[broke_off].all()
-
-
-def in_the_background(script, flags, cwd):
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
-    command = [sys.executable, str(ROOT / script), *flags.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environ, **pipes)
 
 
 def wait_until(ready, seconds=60):

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import start
 
 import common
 
@@ -68,14 +69,6 @@ for kind in SPACES:
 @pytest.fixture(scope="module", params=SCRIPTS)
 def script(request):
     return request.param
-
-
-def start(script, flags, cwd, root=ROOT):
-    """A script in a process of its own, which finds modules of environments in `cwd`."""
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
-    command = [sys.executable, str(root / script), *flags.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environ, **pipes)
 
 
 def finish(process, code=0, timeout=300):

@@ -1,0 +1,16 @@
+"""Scripts as processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(script, flags, cwd, root=ROOT):
+    """A script in a process of its own, which finds modules of environments in `cwd`."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    command = [sys.executable, str(root / script), *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environ, **pipes)
