@@ -145,7 +145,7 @@ class ChannelNorm(nn.LayerNorm):
 
 def block(layer, args):
     """A linear or convolutional layer, its norm and its activation."""
-    modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[args.act]()]
+    modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[args.act](inplace=True)]
     if args.norm == "layer":
         kind = nn.LayerNorm if isinstance(layer, nn.Linear) else ChannelNorm
         modules.insert(1, kind(len(layer.bias), eps=1e-3))
@@ -258,17 +258,31 @@ class TwoHotHead(Head):
 
 
 # Distributions are in float32 under any precision.
-class OneHot(td.OneHotCategorical):
+class OneHot:
     """One-hot categoricals (..., K); samples carry the straight-through gradient."""
 
     def __init__(self, logit):
-        super().__init__(logits=logit.float())
+        self.logits = torch.log_softmax(logit.float(), -1)
+        self.probs = self.logits.exp()
+
+    def one_hot(self, index):
+        return torch.zeros_like(self.logits).scatter_(-1, index, 1.0)
+
+    @property
+    def mode(self):
+        return self.one_hot(self.logits.argmax(-1, keepdim=True))
 
     def rsample(self):
-        gumbel = -torch.empty_like(self.logits).exponential_().log()
-        index = (self.logits + gumbel).argmax(-1, keepdim=True)
-        sample = torch.zeros_like(self.logits).scatter_(-1, index, 1.0)
+        # Of independent clocks that ring at rates p_k, number k is first with probability p_k.
+        ring = -torch.rand_like(self.probs).log() / self.probs
+        sample = self.one_hot(ring.argmin(-1, keepdim=True))
         return sample + (self.probs - self.probs.detach())
+
+    def log_prob(self, x):
+        return (x * self.logits).sum(-1)
+
+    def entropy(self):
+        return -(self.probs * self.logits).sum(-1)
 
 
 class TruncNormal:
@@ -387,7 +401,7 @@ class RSSM(nn.Module):
         reset, cand, update = parts.chunk(3, -1)  # (B, D) each, normed together
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)  # begins by keeping most of the old state
-        return update * cand + (1 - update) * prev["deter"]
+        return torch.lerp(prev["deter"], cand, update)
 
     def img_step(self, prev, action):
         """Prior state p(z_t | h_t), eyes closed."""
@@ -405,9 +419,11 @@ class RSSM(nn.Module):
         """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...)."""
         is_first = torch.cat([torch.ones_like(is_first[:1]), is_first[1:]])
         state, states = self.initial(embed.shape[1]), []
-        for t in range(len(embed)):  # nothing but the recurrence is in the loop
-            state = self.obs_step(state, action[t], embed[t], is_first[t])
-            states.append(state)
+        # Nothing but the recurrence is in the loop, in float32: its small products gain nothing.
+        with torch.autocast(embed.device.type, enabled=False):
+            for inputs in zip(action, embed.float(), is_first, strict=True):
+                state = self.obs_step(state, *inputs)
+                states.append(state)
         post = stack(states)
         return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
 

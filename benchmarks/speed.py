@@ -44,7 +44,8 @@ WORKLOADS = {
     },
     "W3": {
         "what": "V2, vector of 4, 2 discrete actions, batch 16 x 32, small networks, horizon 10",
-        "script": "dreamerv2", "preset": "other", "changes": {"batch_size": 16},
+        "script": "dreamerv2", "preset": "other",
+        "changes": {"batch_size": 16, "norm": "none", "act": "elu"},  # the networks of the peer
         "shapes": {"vector": [4]}, "actions": 2, "discrete": True,
         "sheeprl": dict(word.split("=") for word in SMALL.split()), "updates": 10,
     },
@@ -55,6 +56,8 @@ def prepare(work, precision, threads):
     """The agent of a workload and a batch -> dict of name -> function to be timed."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
+
+    import torch
 
     import common
 
@@ -98,11 +101,15 @@ def prepare(work, precision, threads):
             return module.update(agent, parts, batch, args)
         return module.update(agent, parts, batch, updates, args)
 
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+
     def model_forward():
-        return agent["world_model"].loss(batch)
+        with autocast():
+            return agent["world_model"].loss(batch)
 
     def model():
-        agent["world_model"].loss(batch)[0].backward()
+        model_forward()[0].backward()
         agent.zero_grad()
 
     def policy():

@@ -98,8 +98,8 @@ def case(request, monkeypatch):
         for key in [k for k in figures if "/actor.out." in k]:
             figures[key], figures[key.replace("out", "std")] = np.split(figures[key], 2)
     agent, args = golden_agent(script, figures, json.loads(str(figures["config"])))
-    # Gumbel noise 0, so that one-hot samples are the argmax, and Gaussian samples are the mean.
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.fill_(1.0))
+    # Equal uniform numbers, so that one-hot samples are the argmax, and Gaussian samples the mean.
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
 
     def normal_mean(self, sample_shape=()):
         return self.loc.expand(*sample_shape, *self.loc.shape)
