@@ -1,21 +1,15 @@
 """What neither Dreamer paper mentions: environments, replay, seeds, logs and checkpoints."""
 
-import sys
-
-if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(f"error: Python {sys.version.split()[0]} is too old, use 3.11 or 3.12")
-
 import contextlib
 import ctypes
 import fcntl
-import importlib.util
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import typing
@@ -32,16 +26,14 @@ import tyro
 import yaml
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, flatten_space, unflatten
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
+from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
-Count = typing.Annotated[int, 1, 2**31 - 1]  # least and most
+Count, Share = typing.Annotated[int, 1, 2**31 - 1], typing.Annotated[float, 0, 1]  # least, most
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
-Share = typing.Annotated[float, 0, 1]
 SIZE = 64  # height and width of images, as in both papers
 CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every
-    checkpoint_every capture_video track cuda threads""".split()  # in a run that exists
+    checkpoint_every capture_video track cuda threads graph compile""".split()  # on --resume
 
 
 class UserError(Exception):
@@ -80,9 +72,8 @@ def parse_args(cls, presets, argv=None):
     given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
     default = {"env_id": given.env_id, **presets[preset_name(given.env_id, given.observation)]}
     if run := given.resume or given.evaluate:
-        with explain(f"{run} is no run folder", Exception):  # whatever YAML may hold
+        with explain(f"{run} is no run folder of this script", Exception):
             default = yaml.safe_load((Path(run) / "args.yaml").read_text())
-        with explain(f"{run} is a run of another script or version", typeguard.TypeCheckError):
             typeguard.check_type(default, typing.TypedDict("Args", typing.get_type_hints(cls)))
         if ":" in default["env_id"] and given.env_id != default["env_id"]:
             raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
@@ -96,8 +87,6 @@ def parse_args(cls, presets, argv=None):
             raise UserError(f"{flag} is {value}, it must be from {least} to {most}")
         if run and value != default[name] and name not in (*CHANGEABLE, given.evaluate and "seed"):
             raise UserError(f"{flag} cannot change in a run that exists")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise UserError("--track needs a package that is not installed: pip install wandb")
     return args
 
 
@@ -120,7 +109,7 @@ def preset_name(env_id, observation):
 
 def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False, action_repeat=1,
              time_limit=0, sticky_prob=None, full_action_space=False, render=False):  # fmt: skip
-    """A `Standard` environment, or UserError; time_limit: agent steps, 0 leaves its own."""
+    """A `Standard` environment, or UserError; time_limit: frames, 0 leaves its own."""
     kind = preset_name(env_id, observation)
     observation = "pixels" if kind == "dmc_pixels" and observation == "auto" else observation
     kwargs = {"render_mode": "rgb_array"} if render or observation in ("pixels", "both") else {}
@@ -128,8 +117,8 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
         choose_gl(needed=kind != "other" and bool(kwargs))
     if kind.startswith("dmc"):
         env_id = f"shimmy:dm_control/{env_id.split('/', 1)[1].removesuffix('-v0')}-v0"
-        camera = 2 if "quadruped" in env_id else 0
-        kwargs["render_kwargs"] = {"width": SIZE, "height": SIZE, "camera_id": camera}
+        camera = {"camera_id": 2 if "quadruped" in env_id else 0}
+        kwargs["render_kwargs"] = {"width": SIZE, "height": SIZE} | camera
     if kind == "atari":  # frame skip and time limit follow below, so that frames are counted once
         kwargs |= {"frameskip": 1, "max_episode_steps": -1, "full_action_space": full_action_space}
         kwargs |= {"obs_type": "grayscale" if grayscale else "rgb"}
@@ -140,9 +129,10 @@ def make_env(env_id, seed, index, episode=0, observation="auto", grayscale=False
             raise ValueError("it cannot be drawn")
     if kind == "atari":
         env = gym.wrappers.AtariPreprocessing(env, 30, action_repeat, SIZE, grayscale_obs=grayscale)
-        action_repeat = 1
-    env = Standard(env, observation, grayscale, action_repeat, [seed, index, episode])
-    env = gym.wrappers.TimeLimit(env, time_limit or sys.maxsize)
+    elif action_repeat > 1:
+        env = gym.wrappers.RepeatAction(env, action_repeat)
+    env = Standard(env, observation, grayscale, [seed, index, episode])
+    env = gym.wrappers.TimeLimit(env, -(-time_limit // action_repeat) or sys.maxsize)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -150,29 +140,26 @@ def choose_gl(needed):
     """Sets MUJOCO_GL, if the user did not, to what draws here without a screen: EGL or OSMesa."""
     probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
     for gl in ("egl", "osmesa"):
-        gl_env = {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
-        if not subprocess.run(probe, env=os.environ | gl_env, capture_output=True).returncode:
-            return os.environ.update(gl_env)
-    if needed and importlib.util.find_spec("mujoco"):
+        environ = os.environ | {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
+        if not subprocess.run(probe, env=environ, capture_output=True).returncode:
+            return os.environ.update(environ)
+    if needed:
         raise UserError("no OpenGL without a screen: apt-get install libegl1 libgl1, or libosmesa6")
 
 
 class Standard(gym.Wrapper):
     """Any Box or Dict of Boxes as a dict of image (C, 64, 64) uint8 and vector (V,) float32.
 
-    Images are its own or rendered. Discrete actions are one-hot, others flat in [-1, 1] and scaled
-    to finite bounds; each is taken `repeat` times. key = [seed, index, episode] seeds the reset.
+    Discrete actions are one-hot, others flat in [-1, 1] and scaled to finite bounds.
     """
 
-    def __init__(self, env, observation, grayscale, repeat, key):
+    def __init__(self, env, observation, grayscale, key):
         super().__init__(env)
-        space, self.actions = env.observation_space, env.action_space
-        self.repeat, self.key = repeat, key
+        space, self.actions, self.key = env.observation_space, env.action_space, key
         boxes = space.spaces if isinstance(space, Dict) else {None: space}
-        if not all(isinstance(box, Box) for box in boxes.values()):
-            raise UserError(f"observations {space} are not supported, only Box and Dict of Box")
-        if not isinstance(self.actions, Discrete | Box):
-            raise UserError(f"actions {self.actions} are not supported, only Discrete and Box")
+        boxed = all(isinstance(box, Box) for box in boxes.values())
+        if not (boxed and isinstance(self.actions, Discrete | Box)):
+            raise UserError(f"only Box, Dict of Box, Discrete fit, not {space} and {self.actions}")
         images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
         self.images = images if observation != "vector" else []
         self.vectors = [k for k in boxes if k not in images] if observation != "pixels" else []
@@ -198,14 +185,9 @@ class Standard(gym.Wrapper):
 
     def step(self, action):
         action = self.low + (action + 1) / 2 * (self.high - self.low)
-        action, total = unflatten(self.actions, action), 0.0
         with explain_env(self.spec, *self.key):
-            for _ in range(self.repeat):
-                obs, reward, terminated, truncated, info = self.env.step(action)
-                total += reward
-                if terminated or truncated:
-                    break
-            return self.observe(obs), total, terminated, truncated, info
+            obs, *rest = self.env.step(unflatten(self.actions, action))
+            return self.observe(obs), *rest
 
     def observe(self, obs):
         parts, out = obs if isinstance(obs, dict) else {None: obs}, {}
@@ -236,8 +218,8 @@ def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options)
     envs.env_id, envs.keys = options["env_id"], np.array(keys)
     envs.discrete = isinstance(envs.single_action_space, MultiBinary)  # actions are one-hot
     envs.shapes = {k: (v.shape, v.dtype) for k, v in envs.single_observation_space.items()}
-    envs.shapes |= {"action": (envs.single_action_space.shape, np.float32)}
-    envs.shapes |= dict.fromkeys(("reward", "is_first", "is_terminal"), ((), np.float32))
+    envs.shapes |= {"action": (envs.single_action_space.shape, np.float32), "is_first": ((), bool)}
+    envs.shapes |= dict.fromkeys(("reward", "is_terminal"), ((), np.float32))
     return envs
 
 
@@ -263,16 +245,18 @@ def step_rows(envs, action, done):
     return obs | {k: v.astype(np.float32) for k, v in row.items()}, terminated | truncated, info
 
 
-def evaluate(envs, act, episodes, film=False):
-    """Plays whole episodes, equally many in each environment -> returns, 1000 frames if film."""
+def evaluate(envs, act, state, episodes, film=False):
+    """Plays whole episodes, the same ones each time -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
+    for key in envs.get_attr("key"):
+        key[2] = 0
     row, done, _ = step_rows(envs, np.zeros(envs.action_space.shape), np.ones(envs.num_envs, bool))
-    returns, frames, state = [], [], None
+    returns, frames = [], []
     while quota.any():
         if film and not returns and len(frames) < 1000:
             frames.append(envs.render()[0])
         action, state = act(row, state)
-        row, done, info = step_rows(envs, action, done)
+        row, done, info = step_rows(envs, action.cpu().numpy(), done)
         for i in np.flatnonzero(done & (quota > 0)):
             returns.append(info["episode"]["r"][i])
             quota[i] -= 1
@@ -280,13 +264,9 @@ def evaluate(envs, act, episodes, film=False):
 
 
 class Replay:
-    """The last rows of N environments, memory-mapped from .npy files.
+    """The last rows of N environments in .npy files; row r of the n-th is at [r % capacity, n]."""
 
-    Row r of environment n lies at [r % capacity, n]. All environments add a row at a time, so they
-    share a write head; no window crosses it, and a window stays in one environment's stream.
-    """
-
-    def __init__(self, folder, capacity, shapes, num_envs, seed, device="cpu"):
+    def __init__(self, folder, capacity, shapes, num_envs, seed, device):
         self.folder, self.num_envs, self.device = Path(folder), num_envs, device
         with explain(f"another process trains in {self.folder}, or it is missing", OSError):
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
@@ -340,12 +320,12 @@ class Replay:
         self.end += 1
 
     def sample(self, batch_size, length, favor_ends=False):
-        """Draws windows uniformly -> dict of (T, B, ...) tensors."""
+        """Draws windows uniformly, none across the oldest row -> dict of (T, B, ...) tensors."""
         starts = (len(self) - length + 1) * self.num_envs
         assert starts > 0, f"no {length} rows in a replay of {len(self)}"
         ends = np.empty(0, int)
         if favor_ends:  # windows on an episode's last row have the weight of length + 1 others
-            resets = np.flatnonzero(self.data["is_first"][: self.end])
+            resets = np.flatnonzero(self.data["is_first"][: self.end])  # fast, since of one byte
             age = (resets // self.num_envs - self.start) % self.capacity
             whole = (age >= length) & (age < len(self))
             ends = ((age - length) * self.num_envs + resets % self.num_envs)[whole]
@@ -354,34 +334,23 @@ class Replay:
         draw[extra] = ends[(draw[extra] - starts) // length]
         row, env = self.start + draw // self.num_envs, draw % self.num_envs
         index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
-        return {k: torch.from_numpy(v[index, env]).to(self.device) for k, v in self.data.items()}
+        batch = {k: torch.from_numpy(v[index, env]) for k, v in self.data.items()}
+        if self.device.type == "cuda":  # from pinned memory, nobody waits for it
+            batch = {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
+        return batch
 
 
 def setup(seed, cuda, deterministic, threads):
-    """Seeds the global generators and returns the device; replay and environments have theirs."""
+    """Seeds torch and returns the device; replay and environments have generators of their own."""
     torch.manual_seed(seed)
-    random.seed(seed)  # of environments that use Python's or numpy's global generator
-    np.random.seed(seed % 2**32)
     torch.use_deterministic_algorithms(deterministic)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or torch.get_num_threads())
     for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX: keep what is freed,
         ctypes.CDLL(None).mallopt(option, value)  # or page faults take a third of an update's time
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.distributions.Distribution.set_default_validate_args(False)  # or they wait for the GPU
     return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
-
-
-def get_rng():
-    kind, key, *rest = np.random.get_state()
-    tensors = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and each GPU
-    return {"torch": tensors, "python": random.getstate(), "numpy": (kind, key.tolist(), *rest)}
-
-
-def set_rng(state):
-    torch.set_rng_state(state["torch"][0])
-    torch.cuda.set_rng_state_all(state["torch"][1 : 1 + torch.cuda.device_count()])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
 
 
 def detach(tensors):
@@ -398,31 +367,59 @@ def opt_step(optimizer, loss, clip):
     return norm
 
 
+class Captured:
+    """A function of dicts of tensors; a GPU replays its fourth call, into the same outputs."""
+
+    def __init__(self, function, device, enabled):
+        self.function, self.device, self.calls = function, device, 0
+        self.graph = torch.cuda.CUDAGraph() if enabled and device.type == "cuda" else None
+
+    def __call__(self, *inputs):
+        inputs = [{k: torch.as_tensor(v, device=self.device) for k, v in x.items()} for x in inputs]
+        if self.graph is None:
+            return self.function(*inputs)
+        if self.calls == 0:  # the graph reads these, wherever later ones lie
+            self.inputs = [{k: v.clone() for k, v in x.items()} for x in inputs]
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            for key, value in mine.items():
+                value.copy_(given[key])
+        self.calls += 1
+        if self.calls <= 4:  # three calls warm up, in another stream as a capture needs it
+            side = torch.cuda.Stream()
+            record = torch.cuda.graph(self.graph, stream=side)
+            side.wait_stream(torch.cuda.current_stream())
+            with record if self.calls == 4 else torch.cuda.stream(side):
+                self.outputs = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+        if self.calls >= 4:
+            self.graph.replay()
+        return self.outputs
+
+
 class FiniteGuard:
     """Keeps on the device when each value first was not finite, so that no update waits for it."""
 
-    first = torch.tensor(torch.inf)  # update at which each value went bad
+    names, first = (), torch.tensor(torch.inf)  # update at which each value went bad
 
     def watch(self, updates, values):
-        self.names, finite = list(values), torch.stack([*map(torch.isfinite, values.values())])
-        self.first = torch.where(finite, torch.inf, updates).minimum(self.first)
+        self.names, self.values = list(values), torch.stack([*values.values()])
+        self.first = torch.where(self.values.isfinite(), torch.inf, updates).minimum(self.first)
 
     def check(self):
-        """Raises FloatingPointError with the update and the names of the first bad values."""
+        """The last values as numbers, or FloatingPointError with the first that were not finite."""
         if (when := self.first.min().item()) < torch.inf:
             bad = [self.names[i] for i in (self.first == when).nonzero()]
             raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
+        return dict(zip(self.names, self.values.tolist(), strict=True)) if self.names else {}
 
 
 def save_checkpoint(run, parts, more):
-    """Writes the parts' states and the dict `more`; the last one becomes checkpoint.old.pt."""
+    """Writes torch's, the parts' and `more` state; the last file becomes checkpoint.old.pt."""
     path, new, data = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt", io.BytesIO()
-    torch.save({k: part.state_dict() for k, part in parts.items()} | more, data)
-    if data.tell() > shutil.disk_usage(run).free:
-        raise OSError(f"no space left in {run} for a checkpoint; the last one can be resumed")
-    with open(new, "wb") as file:
-        file.write(data.getbuffer())
-        file.flush()
+    rng = {"rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}  # CPU and GPUs
+    torch.save({k: part.state_dict() for k, part in parts.items()} | rng | more, data)
+    new.write_bytes(data.getbuffer())
+    with open(new, "rb") as file:
         os.fsync(file.fileno())
     if path.exists():
         path.replace(path.with_name("checkpoint.old.pt"))
@@ -430,7 +427,7 @@ def save_checkpoint(run, parts, more):
 
 
 def load_checkpoint(run, parts):
-    """Gives the parts their states from the last whole checkpoint -> all that is in it."""
+    """Gives torch and the parts their states from the last whole checkpoint -> all in it."""
     for path in (Path(run) / f"checkpoint{name}.pt" for name in ("", ".new", ".old")):
         try:
             if bad := zipfile.ZipFile(path).testzip():  # checks its CRC-32s
@@ -438,6 +435,8 @@ def load_checkpoint(run, parts):
             state = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
             for key, part in parts.items():
                 part.load_state_dict(state[key])
+            torch.set_rng_state(state["rng"][0])
+            torch.cuda.set_rng_state_all(state["rng"][1 : 1 + torch.cuda.device_count()])
             return state
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
@@ -471,32 +470,33 @@ def crossed(before, after, every):
 class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar."""
 
-    def __init__(self, run, args, frames=0, updates=0, seconds=0.0, size=0):
+    def __init__(self, run, args, frames=0, seconds=0.0, size=0):
         if args["track"]:
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
-            wandb = importlib.import_module("wandb")
+            with explain("--track needs pip install wandb", ImportError):
+                import wandb
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
         (new := run / "args.new.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
         new.replace(run / "args.yaml")
         self.run, self.began = run, time.time() - seconds
-        self.last = np.array([seconds, frames, updates])
         self.writer = SummaryWriter(run, purge_step=frames + 1)
         threading.excepthook = lambda thread: None  # the writer raises what its thread does
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self.file.seek(self.file.truncate(min(size, self.file.tell())))  # later rows come again
-        self.writer.add_text("hyperparameters", f"```\n{yaml.safe_dump(args)}```", frames)
         wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s
         self.bar = tqdm(total=args["total_frames"], initial=frames, unit=" frames", **wait)
 
     def log(self, metrics, frames, updates):
-        """Writes a row; metrics: dict of tag -> number or tensor (); losses get the speed."""
+        """Writes a row; metrics: dict of tag -> number; losses get the speed of the whole run."""
+        seconds = time.time() - self.began
         if "losses/model" in metrics:
-            last, self.last = self.last, np.array([time.time() - self.began, frames, updates])
-            speed = ((self.last - last)[1:] / (self.last - last)[0]).tolist()
-            metrics |= zip(("charts/SPS", "time/updates_per_second"), speed, strict=True)
+            metrics |= {
+                "charts/SPS": frames / seconds,
+                "time/updates_per_second": updates / seconds,
+            }
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, frames)
-        row = {"frames": frames, "updates": updates, "seconds": round(time.time() - self.began, 3)}
+        row = {"frames": frames, "updates": updates, "seconds": round(seconds, 3)}
         self.file.write(json.dumps(row | metrics, default=float) + "\n")
         if "charts/episodic_return" in metrics:
             self.bar.set_postfix({"return": metrics["charts/episodic_return"]}, refresh=False)
@@ -505,9 +505,9 @@ class Logger:
         """To TensorBoard and the run folder's videos/; video as in `save_gif`."""
         path = self.run / "videos" / f"{tag.replace('/', '_')}_{frames}.gif"
         save_gif(path, video)
-        image = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self.writer.file_writer.add_summary(summary, frames)
+        image = summary.Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
+        value = [summary.Summary.Value(tag=tag, image=image)]
+        self.writer.file_writer.add_summary(summary.Summary(value=value), frames)
 
 
 def save_gif(path, video):

@@ -20,10 +20,8 @@ Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon imagined
 A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector; (T, B) scalar per step.
 """
 
-import common  # isort: skip  first, because it checks the version of Python
-
-import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -37,7 +35,7 @@ from torch import distributions as td
 from torch import nn
 from torch.utils.data import default_collate as stack
 
-td.Distribution.set_default_validate_args(False)  # the checks would wait for the GPU
+import common
 
 
 @dataclass
@@ -51,6 +49,8 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
     threads: int = 0  # CPU threads of torch, 0 is its own choice
+    graph: bool = True  # on a GPU, record acting and learning once and replay them
+    compile: bool = False  # fuse the steps of the recurrent model, after minutes of compiling
     resume: str = ""  # run folder to go on with
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
@@ -233,25 +233,23 @@ class Head(nn.Module):
         return 0.5 * (self(feat) - target).square()
 
 
-# Distributions are in float32 under any precision.
 class OneHot:
-    """One-hot categoricals (..., K); samples carry the straight-through gradient."""
+    """One-hot categoricals (..., K) in float32; samples carry the straight-through gradient."""
 
     def __init__(self, logit):
         self.logits = torch.log_softmax(logit.float(), -1)
         self.probs = self.logits.exp()
 
-    def one_hot(self, index):
-        return torch.zeros_like(self.logits).scatter_(-1, index, 1.0)
+    def best(self, score):
+        return torch.zeros_like(score).scatter_(-1, score.argmax(-1, keepdim=True), 1.0)
 
     @property
     def mode(self):
-        return self.one_hot(self.logits.argmax(-1, keepdim=True))
+        return self.best(self.probs)
 
     def rsample(self):
-        # Of independent clocks that ring at rates p_k, number k is first with probability p_k.
-        ring = -torch.rand_like(self.probs).log() / self.probs
-        sample = self.one_hot(ring.argmin(-1, keepdim=True))
+        # Of clocks that ring at rates p_k, number k is the first with probability p_k.
+        sample = self.best(self.probs / -torch.rand_like(self.probs).log())
         return sample + (self.probs - self.probs.detach())
 
     def log_prob(self, x):
@@ -298,7 +296,7 @@ class Actor(nn.Module):
         if self.dist == "onehot":
             return OneHot(self.out(x))
         mean, std = self.out(x).float(), self.std(x).float()
-        raw = math.log(math.expm1(5))  # outputs of 0 give a std of 5, wide before tanh
+        raw = np.log(np.expm1(5))  # outputs of 0 give a std of 5, wide before tanh
         return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + raw) + 1e-4)  # Eq. 3
 
 
@@ -353,7 +351,9 @@ class RSSM(nn.Module):
 
     def obs_step(self, prev, action, embed, is_first):
         """Posterior state q(z_t | h_t, x_t), eyes open."""
-        keep = (1 - is_first)[:, None]  # (B, 1), a new episode forgets the last state and action
+        keep = is_first.logical_not()[
+            :, None
+        ]  # (B, 1), a new episode forgets the last state and action
         prev = {k: prev[k] * keep for k in ("deter", "stoch")}
         deter = self.gru_step(prev, action * keep)
         return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
@@ -370,10 +370,9 @@ class RSSM(nn.Module):
         return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
 
     def imagine(self, actor, start, horizon):
-        """Follows the actor through the prior; action[i] is the one that led to state i.
+        """Follows the actor from start, a dict of (N, ...), through the prior.
 
-        start: dict of (N, ...)
-        -> states: dict of (I, N, ...) without the start, action: (I, N, A)
+        -> states: dict of (I, N, ...) without the start, action: (I, N, A), which led to them
         """
         states, actions = [start], []
         for _ in range(horizon):
@@ -422,16 +421,12 @@ class WorldModel(nn.Module):
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()
         for name, state in (("post", post), ("prior", prior)):
-            entropy = self.rssm.dist(common.detach(state)).entropy()
-            metrics[f"model/{name}_entropy"] = entropy.sum(-1).mean()
+            metrics[f"model/{name}_entropy"] = self.rssm.dist(state).entropy().sum(-1).mean()
         return loss, post, common.detach(metrics)
 
     @torch.no_grad()
     def open_loop(self, batch, context=5):
-        """Sees `context` steps, then dreams with the recorded actions, over resets as well.
-
-        -> truth, model and error above one another: (T, B, C, 3H, W)
-        """
+        """Sees `context` steps, then dreams -> truth, model and error: (T, B, C, 3H, W)."""
         first = {k: v[:context] for k, v in batch.items()}
         state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
         states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
@@ -509,7 +504,7 @@ def make_agent(shapes, args):
 
 def make_optimizers(agent, args):
     """One Adam each, of its own learning rate."""
-    adam = partial(torch.optim.Adam, eps=args.adam_eps, fused=True)
+    adam = partial(torch.optim.Adam, eps=args.adam_eps, fused=True, capturable=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
     return {k: adam(agent[k].parameters(), lr) for k, lr in rates.items()}
 
@@ -531,14 +526,12 @@ def update(agent, optimizers, batch, args):
 
 @torch.no_grad()
 def policy(agent, row, state, sample=True):
-    """Acts on a row, a dict of (N, ...), after a state or None -> action (N, A), state."""
-    rssm, device = agent["world_model"].rssm, next(agent.parameters()).device
-    row = {k: torch.as_tensor(v, device=device) for k, v in row.items()}
-    state, embed = state or rssm.initial(len(row["reward"])), agent["world_model"].encoder(row)
+    """Acts on a row, a dict of (N, ...), after a state -> action (N, A), state."""
+    rssm, embed = agent["world_model"].rssm, agent["world_model"].encoder(row)
     state = rssm.obs_step(state, row["action"], embed, row["is_first"])
     dist = agent["actor"](rssm.feat(state))
     action = dist.rsample() if sample else dist.mode  # the latent state is always sampled
-    return action.cpu().numpy(), state
+    return action, {k: state[k] for k in ("deter", "stoch")}
 
 
 def explore(action, updates, args, rng):
@@ -553,24 +546,25 @@ def explore(action, updates, args, rng):
 def main(args):
     config = asdict(args) | {"resume": ""}
     device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
-    if args.precision == "auto":
-        args.precision = "bfloat16" if device.type == "cuda" else "float32"
     args.observation = "pixels" if args.pixels else args.observation
-    options = """env_id seed observation grayscale action_repeat sticky_prob full_action_space"""
-    options = {k: getattr(args, k) for k in options.split()}
-    options["time_limit"] = -(-args.time_limit // args.action_repeat)
+    options = "env_id seed observation grayscale action_repeat time_limit sticky_prob"
+    options = {k: getattr(args, k) for k in (*options.split(), "full_action_space")}
     count = min(args.eval_episodes, 10)  # of environments with seeds of their own
     eval_envs = common.make_envs(count, first_index=10_000, render=args.capture_video, **options)
     shapes, discrete = eval_envs.shapes, eval_envs.discrete
-    if args.actor_dist == "auto":
-        args.actor_dist = "onehot" if discrete else "tanh_normal"
+    auto = {"precision": "bfloat16" if device.type == "cuda" else "float32"}
+    auto |= {"actor_dist": "onehot" if discrete else "tanh_normal"}
+    vars(args).update({k: v for k, v in auto.items() if getattr(args, k) == "auto"})
     if discrete != (args.actor_dist == "onehot"):
-        kind = "discrete" if discrete else "continuous"
-        raise common.UserError(f"--actor-dist {args.actor_dist} is not for {kind} actions")
+        raise common.UserError(f"--actor-dist {args.actor_dist} is not for {args.env_id}'s actions")
     agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
     parts = {"agent": agent, **make_optimizers(agent, args)}
-    play = partial(policy, agent, sample=False)
-    evaluate = partial(common.evaluate, eval_envs, play, args.eval_episodes, args.capture_video)
+    rssm, open_loop = agent["world_model"].rssm, agent["world_model"].open_loop
+    if args.compile:
+        rssm.obs_step, rssm.img_step = map(torch.compile, (rssm.obs_step, rssm.img_step))
+    record = partial(common.Captured, device=device, enabled=args.graph)
+    play = record(partial(policy, agent, sample=False)), rssm.initial(count)
+    evaluate = partial(common.evaluate, eval_envs, *play, args.eval_episodes, args.capture_video)
     if args.evaluate:
         common.load_checkpoint(args.evaluate, parts)
         returns, film = evaluate()
@@ -589,54 +583,55 @@ def main(args):
     step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
     frames = step * args.action_repeat
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    if saved:
-        common.set_rng(saved["rng"])
-        for key, old in zip(eval_envs.get_attr("key"), saved["eval_keys"], strict=False):
-            key[:] = old
     sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
-    preset = common.preset_name(args.env_id, args.observation)
-    print(f"{args.env_id} (preset {preset}) on {device} in {args.precision}, run folder {run}")
+    print(f"{args.env_id} on {device} in {args.precision}, run folder {run}")
     print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {replay.capacity * gib:.2f} GiB")
-    logger = common.Logger(run, config, frames, updates, seconds, size)
+    logger = common.Logger(run, config, frames, seconds, size)
     guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
-    row, done, state = None, np.ones(args.num_envs, bool), None  # so that all begin an episode
+    act, learn = record(partial(policy, agent)), record(partial(update, agent, parts, args=args))
+    row, state, done = None, rssm.initial(args.num_envs), np.ones(args.num_envs, bool)
+    pool, pending = ThreadPoolExecutor(1), None  # a step that has been sent to the environments
 
     def save():
-        guard.check()
-        more = {"rng": common.get_rng(), "eval_keys": eval_envs.get_attr("key"), "metrics": metrics}
         log = (time.time() - logger.began, logger.file.tell())
-        more["counters"] = (step, updates, before, *log, envs.keys[:, 2].tolist())
-        common.save_checkpoint(run, parts, more)
+        more = {"counters": (step, updates, before, *log, envs.keys[:, 2].tolist())}
+        common.save_checkpoint(run, parts, more | {"metrics": metrics | guard.check()})
 
     with common.Interrupt() as interrupt:
-        while not interrupt.code:
-            # Every turn of the loop is an update, as long as one is due, or else a step.
+        while pending or not interrupt.code:
+            # A turn of the loop is an update, as long as one is due, or else half a step.
             due = args.pretrain + args.train_steps * ((frames - args.prefill) // args.train_every)
-            learns, ready = frames >= args.prefill, len(replay) >= args.batch_length
-            if learns and ready and updates < due:
-                began = time.time()
+            learns = frames >= args.prefill and len(replay) >= args.batch_length
+            if learns and updates < due and (pending or not args.async_envs) and not interrupt.code:
                 batch = replay.sample(args.batch_size, args.batch_length)
-                metrics = update(agent, parts, batch, args)
+                metrics = learn(batch)
                 guard.watch(updates, metrics)
                 updates += 1
-                if updates == 3 and device.type == "cpu" and "image" in shapes:
-                    rate = args.train_steps / args.train_every
-                    hours = (time.time() - began) * (args.total_frames - frames) * rate / 3600
-                    logger.bar.write(f"{hours:,.1f} hours to go; CartPole-v1 takes minutes")
+                continue
+
+            if pending:
+                row, done, info = pending()
+                pending = None
+                replay.add(row)
+                step += int((1 - row["is_first"]).sum())  # a reset costs no frame
+                frames = step * args.action_repeat
+                logger.bar.update(frames - before)
+                for i in np.flatnonzero(done):
+                    ended = {k: info["episode"][k[0]][i] for k in ("return", "length")}
+                    logger.log({f"charts/episodic_{k}": ended[k] for k in ended}, frames, updates)
                 continue
 
             last, crossed = step >= steps, partial(common.crossed, before, frames)
-            if metrics and ready and "image" in shapes and crossed(args.video_every):
-                batch = replay.sample(6, args.batch_length)
-                logger.gif("open_loop", agent["world_model"].open_loop(batch), frames)
+            if metrics and learns and "image" in shapes and crossed(args.video_every):
+                logger.gif("open_loop", open_loop(replay.sample(6, args.batch_length)), frames)
             if (last and frames > before) or (updates and crossed(args.eval_every)):
                 returns, film = evaluate()
                 logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
             if metrics and frames > before and (last or crossed(args.log_every)):
-                guard.check()
-                logger.log(metrics | {"replay/rows": len(replay)}, frames, updates)
+                more = guard.check() | {"replay/rows": len(replay)}
+                logger.log(metrics | more, frames, updates)
             before = frames
             if last:
                 break
@@ -646,16 +641,11 @@ def main(args):
             if done.all() or not learns:
                 action = common.random_actions(envs, replay.rng)
             else:
-                action, state = policy(agent, row, state)
+                action, state = act(row, state)
+                action = action.cpu().numpy()
                 action = explore(action, updates, args, replay.rng)
-            row, done, info = common.step_rows(envs, action, done)
-            replay.add(row)
-            step += int((1 - row["is_first"]).sum())  # a reset costs no frame
-            frames = step * args.action_repeat
-            logger.bar.update(frames - before)
-            for i in np.flatnonzero(done):
-                ended = {"return": info["episode"]["r"][i], "length": info["episode"]["l"][i]}
-                logger.log({f"charts/episodic_{k}": v for k, v in ended.items()}, frames, updates)
+            pending = partial(common.step_rows, envs, action, done)
+            pending = pool.submit(pending).result if args.async_envs else pending
 
     save()
     if interrupt.code:
