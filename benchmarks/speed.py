@@ -1,14 +1,19 @@
-"""Times what a Dreamer does: updates and their parts, policy steps, replay, environments.
+"""Times what a Dreamer does: updates and their parts, acting, replay, environments.
 
-    python benchmarks/speed.py                          # the three workloads, ours alone
+    python benchmarks/speed.py                          # the three CPU workloads, ours alone
     python benchmarks/speed.py --workloads W3 --repeats 30 --precision bfloat16
     python benchmarks/speed.py --peer sheeprl --peer-python ENV/bin/python
+    python benchmarks/speed.py --scaling W3             # the cost of longer, wider, deeper
+    python benchmarks/speed.py --gpu --json gpu.json    # all that a GPU is judged by
 
 With a peer, both run in processes of their own with the same number of threads and take turns, so
 that what else the machine does meets both alike; the ratio is that of the medians. The peer is
 sheeprl 0.8.4 as shipped, in an environment of its own:
 
     python -m venv ENV && ENV/bin/pip install torch==2.13.0 && ENV/bin/pip install sheeprl==0.8.4
+
+The limit of an update is the time that its floating-point operations, counted by torch, would take
+at the rate of a large matrix product, measured on the same machine at the same precision.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +40,14 @@ WORKLOADS = {
         "what": "V1, 64 x 64 x 3, 6 continuous actions, batch 50 x 50, horizon 15",
         "script": "dreamerv1", "preset": "dmc_pixels", "changes": {},
         "shapes": {"image": [3, 64, 64]}, "actions": 6, "discrete": False,
+        "env": {"env_id": "dm_control/walker-walk-v0", "action_repeat": 2},
         "sheeprl": {"horizon": 15}, "updates": 1,
     },
     "W2": {
         "what": "V2, 64 x 64 x 1, 6 discrete actions, batch 16 x 50, horizon 15",
         "script": "dreamerv2", "preset": "atari", "changes": {},
         "shapes": {"image": [1, 64, 64]}, "actions": 6, "discrete": True,
+        "env": {"env_id": "PongNoFrameskip-v4", "action_repeat": 4, "grayscale": True},
         "sheeprl": {"horizon": 15, "world_model.use_continues": True}, "updates": 1,
     },
     "W3": {
@@ -47,101 +55,200 @@ WORKLOADS = {
         "script": "dreamerv2", "preset": "other",
         "changes": {"batch_size": 16, "norm": "none", "act": "elu"},  # the networks of the peer
         "shapes": {"vector": [4]}, "actions": 2, "discrete": True,
+        "env": {"env_id": "CartPole-v1"},
         "sheeprl": dict(word.split("=") for word in SMALL.split()), "updates": 10,
     },
+    "atari50": {
+        "what": "V2, 64 x 64 x 1, 6 discrete actions, batch 50 x 50, horizon 15",
+        "script": "dreamerv2", "preset": "atari", "changes": {"batch_size": 50},
+        "shapes": {"image": [1, 64, 64]}, "actions": 6, "discrete": True, "updates": 1,
+    },
+    "dmc2": {
+        "what": "V2, 64 x 64 x 3, 6 continuous actions, batch 16 x 50, horizon 15",
+        "script": "dreamerv2", "preset": "dmc_pixels", "changes": {},
+        "shapes": {"image": [3, 64, 64]}, "actions": 6, "discrete": False, "updates": 1,
+    },
+}  # fmt: skip
+SCALING = {
+    "batch_size": (8, 16, 32, 64), "batch_length": (16, 32, 64), "imag_horizon": (5, 10, 20, 40),
+    "deter": (128, 256, 512, 1024),
 }  # fmt: skip
 
 
-def prepare(work, precision, threads):
-    """The agent of a workload and a batch -> dict of name -> function to be timed."""
+def prepare(work):
+    """The agent of a workload and a batch -> dict of name -> function to be timed, parameters."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
-
     import torch
 
     import common
 
     module = importlib.import_module(work["script"])
-    common.setup(1, False, False, threads)
-    changes = module.PRESETS[work["preset"]] | work["changes"] | {"precision": precision}
+    device = common.setup(1, work["device"] == "cuda", False, work["threads"])
+    changes = module.PRESETS[work["preset"]] | work["changes"] | {"precision": work["precision"]}
     args = module.Args(**changes)
-    args.actor_dist = "onehot" if work["discrete"] else "tanh_normal"
+    continuous = "tanh_normal" if work["script"] == "dreamerv1" else "trunc_normal"
+    args.actor_dist = "onehot" if work["discrete"] else continuous
     if work["script"] == "dreamerv2":
         args.actor_grad = "reinforce" if work["discrete"] else "dynamics"
     size = work["actions"]
     shapes = {k: tuple(v) for k, v in work["shapes"].items()} | {"action": (size,)}
-    agent = module.make_agent(shapes, args)
-    optimizers = module.make_optimizers(agent, args)
-    parts = {"agent": agent, **optimizers} if work["script"] == "dreamerv1" else optimizers
+    agent = module.make_agent(shapes, args).to(device)
+    parts = {"agent": agent, **module.make_optimizers(agent, args)}
+    model, rssm = agent["world_model"], agent["world_model"].rssm
+    if work["mode"] == "compile":
+        rssm.obs_step, rssm.img_step = map(torch.compile, (rssm.obs_step, rssm.img_step))
+    record = partial(common.Captured, device=device, enabled=work["mode"] != "eager")
+
     rows = {k: (v, np.uint8 if k == "image" else np.float32) for k, v in shapes.items()}
-    rows |= dict.fromkeys(("reward", "is_first", "is_terminal"), ((), np.float32))
-    folder, rng = tempfile.mkdtemp(prefix="speed_"), np.random.default_rng(1)
-    replay = common.Replay(folder, 2000, rows, 1, 1)
+    rows |= {"reward": ((), np.float32), "is_first": ((), bool), "is_terminal": ((), np.float32)}
+    rng = np.random.default_rng(1)
+    replay = common.Replay(tempfile.mkdtemp(prefix="speed_"), 2000, rows, 1, 1, device)
     for step in range(2000):
         row = {"reward": rng.normal(size=1), "is_first": np.zeros(1), "is_terminal": np.zeros(1)}
-        row["action"] = (
-            np.eye(size)[[step % size]] if work["discrete"] else rng.uniform(-1, 1, size)
-        )
+        action = np.eye(size)[[step % size]] if work["discrete"] else rng.uniform(-1, 1, size)
+        row["action"] = action
         if "image" in shapes:
             row["image"] = rng.integers(256, size=(1, *shapes["image"]))
         if "vector" in shapes:
             row["vector"] = rng.normal(size=(1, *shapes["vector"]))
         replay.add(row)
-    state, updates = None, 0
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def sample():
-        return replay.sample(args.batch_size, args.batch_length)
+        batch = replay.sample(args.batch_size, args.batch_length, work["preset"] == "atari")
+        wait()
+        return batch
 
-    batch = sample()
+    plain = partial(module.update, agent, parts, args=args)
+    batch, learn = sample(), record(plain)
 
     def update():
-        nonlocal updates
-        updates += 1
-        if work["script"] == "dreamerv1":
-            return module.update(agent, parts, batch, args)
-        return module.update(agent, parts, batch, updates, args)
+        metrics = learn(batch)
+        wait()
+        return metrics
 
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    def sample_and_update():
+        learn(replay.sample(args.batch_size, args.batch_length))  # waits for nothing
 
     def model_forward():
-        with autocast():
-            return agent["world_model"].loss(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            loss = model.loss(batch)[0]
+        wait()
+        return loss
 
-    def model():
-        model_forward()[0].backward()
+    def model_all():
+        model_forward().backward()
         agent.zero_grad()
+        wait()
 
-    def policy():
-        nonlocal state
-        first = {k: v[0, :1].numpy() for k, v in batch.items()}
-        _, state = module.policy(agent, first, state)
+    def acting(num_envs):
+        act = record(partial(module.policy, agent))
+        row = {k: np.repeat(v[0, :1].cpu().numpy(), num_envs, 0) for k, v in batch.items()}
+        state = rssm.initial(num_envs)
 
-    counts = {k: sum(p.numel() for p in v.parameters()) for k, v in agent.items()}
-    functions = {"update": update, "model": model, "model forward": model_forward}
-    return functions | {"policy": policy, "sample": sample}, counts
+        def policy():
+            nonlocal state
+            action, state = act(row, state)
+            return action.cpu().numpy()
+
+        return policy
+
+    def environment():
+        envs, done = common.make_envs(1, seed=1, **work["env"]), np.ones(1, bool)
+
+        def step():
+            nonlocal done
+            _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+
+        return step
+
+    functions = {
+        "plain update": lambda: plain(batch),
+        "update": update,
+        "model": model_all,
+        "model forward": model_forward,
+    }
+    functions |= {"policy": acting(1), "sample": sample, "sample and update": sample_and_update}
+    if device.type == "cuda":
+        functions |= {"policy 8": acting(8), "policy 16": acting(16)}
+    if "env" in work:
+        functions["environment"] = environment()
+    counts = [sum(p.numel() for p in v.parameters()) for v in agent.values()][:3]
+    return functions, counts
 
 
-def work_on(work, precision, threads):
+def limit(work, functions):
+    """Floating-point operations of an update, and the rate of a large matrix product."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        functions["plain update"]()  # a replayed graph would count nothing
+    dtype, size = getattr(torch, work["precision"]), 8192 if work["device"] == "cuda" else 2048
+    x, y = (torch.randn(size, size, dtype=dtype, device=work["device"]) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        began = time.perf_counter()
+        (x @ y)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return {"flop": counter.get_total_flops(), "flop/s": 2 * size**3 / statistics.median(seconds)}
+
+
+def losses(functions):
+    """Losses of 50 updates from the same seed, to compare ways of computing them."""
+    import torch
+
+    torch.manual_seed(1)
+    rows = [functions["update"]() for _ in range(50)]
+    rows = [{k: v.item() for k, v in row.items() if k.startswith("losses/")} for row in rows]
+    return {k: [row[k] for row in rows] for k in rows[0]}
+
+
+def kernels(functions):
+    """Where the GPU's time of 10 updates goes -> the 25 largest kernels, ms per update."""
+    from torch.profiler import ProfilerActivity, profile
+
+    functions["update"]()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(10):
+            functions["update"]()
+    rows = [(e.key[:100], e.self_device_time_total / 1e4, e.count) for e in profiler.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:25]
+
+
+def work_on(work):
     """Answers commands from stdin, `update 3`, as the peer's process does."""
-    functions, counts = prepare(work, precision, threads)
-    print(json.dumps({"parameters": list(counts.values())[:3]}), flush=True)
+    functions, counts = prepare(work)
+    print(json.dumps({"parameters": counts}), flush=True)
     for line in sys.stdin:
         what, times = line.rsplit(" ", 1)
-        seconds = []
-        for _ in range(int(times)):
-            began = time.perf_counter()
-            functions[what]()
-            seconds.append(time.perf_counter() - began)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "peak MiB": peak}), flush=True)
+        answer = {}
+        if what in ("limit", "losses", "kernels"):
+            ask = {"limit": partial(limit, work), "losses": losses, "kernels": kernels}[what]
+            answer[what] = ask(functions)
+        else:
+            answer["seconds"] = []
+            for _ in range(int(times)):
+                began = time.perf_counter()
+                functions[what]()
+                answer["seconds"].append(time.perf_counter() - began)
+        answer["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if work["device"] == "cuda":
+            import torch
+
+            answer["peak MiB"] = torch.cuda.max_memory_reserved() / 2**20
+        print(json.dumps(answer), flush=True)
 
 
 class Worker:
     """A process that is told what to do and says how long it took."""
 
     def __init__(self, command, threads):
-        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environ = os.environ | {"OMP_NUM_THREADS": str(threads)} if threads else os.environ
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=environ, cwd=tempfile.gettempdir(), **pipes)
         self.parameters, self.seconds, self.peak = self.read()["parameters"], {}, 0.0
@@ -152,48 +259,84 @@ class Worker:
                 return json.loads(line)
         sys.exit(f"error: a process ended: {self.process.args}")
 
-    def run(self, what, times, keep=True):
+    def ask(self, what, times=1):
         print(what, times, file=self.process.stdin, flush=True)
-        answer = self.read()
+        return self.read()
+
+    def run(self, what, times, keep=True):
+        answer = self.ask(what, times)
         if keep:
             self.seconds.setdefault(what, []).extend(answer["seconds"])
-        self.peak = answer["peak MiB"]
+        return answer["peak MiB"]
 
     def medians(self):
         return {k: round(1000 * statistics.median(v), 3) for k, v in self.seconds.items()}  # ms
 
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
-def measure(name, args):
+
+def ours(name, args, **options):
+    """A worker of ours."""
+    work = WORKLOADS[name] | {"device": "cuda" if args.gpu else "cpu", "threads": args.threads}
+    work |= {"precision": args.precision, "mode": args.mode} | options
+    return Worker([sys.executable, __file__, "--worker", json.dumps(work)], args.threads)
+
+
+def measure(name, args, **options):
     """Times a workload -> a report as a dict."""
     work = WORKLOADS[name] | {"threads": args.threads}
-    # The sizes that the peer needs come from our script's preset.
-    command = [sys.executable, __file__, "--worker", name, "--precision", args.precision]
-    workers = {"ours": Worker([*command, "--threads", str(args.threads)], args.threads)}
+    workers = {"ours": ours(name, args, **options)}
     if args.peer:
         sizes = {"W1": (50, 50), "W2": (16, 50), "W3": (16, 32)}[name]
         work["sizes"] = dict(zip(("batch_size", "batch_length"), sizes, strict=True))
         peer = [args.peer_python, str(ROOT / "benchmarks" / "speed_sheeprl.py"), json.dumps(work)]
         workers["sheeprl"] = Worker(peer, args.threads)
-    for worker in workers.values():  # to touch the memory and warm the caches
-        worker.run("update", args.warm_up * work["updates"], keep=False)
+    report = {"workload": name, "what": work["what"], "precision": args.precision} | options
+    mine = workers["ours"]
+    if args.gpu:
+        report["losses"] = mine.ask("losses")["losses"]  # first, from the same weights
+    for worker in workers.values():  # to touch the memory, warm the caches and capture graphs
+        worker.run("update", max(5, args.warm_up * work["updates"]), keep=False)
         worker.run("policy", 20, keep=False)
     for _ in range(args.repeats):
         for worker in workers.values():
             worker.run("update", work["updates"])
-            worker.run("policy", 20)
-    for what in ("model", "model forward", "sample"):
-        workers["ours"].run(what, 3)
-    report = {"workload": name, "what": work["what"], "precision": args.precision}
+            worker.peak = worker.run("policy", 20)
+    for what in args.parts:
+        if what == "environment" and "env" not in work:
+            continue
+        mine.run(what, 6, keep=False)
+        mine.run(what, 100 if what in ("environment", "sample") or "policy" in what else 10)
+    report["limit"] = mine.ask("limit")["limit"]
     for key, worker in workers.items():
-        worker.process.stdin.close()
-        worker.process.wait()
         report[key] = {"ms": worker.medians(), "peak MiB": round(worker.peak)}
         report[key]["parameters"] = worker.parameters
+    if args.gpu:
+        report["kernels"] = mine.ask("kernels")["kernels"]
+    for worker in workers.values():
+        worker.close()
+    report["limit"]["ms"] = 1000 * report["limit"]["flop"] / report["limit"]["flop/s"]
+    report["limit"]["reached"] = round(report["limit"]["ms"] / report["ours"]["ms"]["update"], 3)
     if args.peer:
-        ours, theirs = (report[key]["ms"] for key in workers)
-        report["ratio"] = {k: round(ours[k] / theirs[k], 3) for k in ("update", "policy")}
+        mine, theirs = (report[key]["ms"] for key in workers)
+        report["ratio"] = {k: round(mine[k] / theirs[k], 3) for k in ("update", "policy")}
         report["ratio"]["peak memory"] = round(workers["ours"].peak / workers["sheeprl"].peak, 3)
     return report
+
+
+def show(report):
+    options = ", ".join(f"{k} {report[k]}" for k in ("mode", "changes") if k in report)
+    print(f"{report['workload']}  {report['what']}, {report['precision']} {options}")
+    for key in ("ours", "sheeprl"):
+        if key in report:
+            print(f"    {key:8} {report[key]['peak MiB']:6} MiB  {report[key]['ms']}")
+    bound = report["limit"]
+    print(f"    limit {bound['ms']:.2f} ms ({bound['flop'] / 1e9:.1f} GFLOP), ", end="")
+    print(f"{100 * bound['reached']:.0f} % of it reached", flush=True)
+    if "ratio" in report:
+        print(f"    ratio {report['ratio']}", flush=True)
 
 
 def machine():
@@ -208,30 +351,51 @@ def machine():
     }
 
 
+def main(args):
+    about, reports = machine() | {"threads": args.threads, "mode": args.mode}, []
+    print(json.dumps(about))
+    if args.scaling:
+        plan = [(args.scaling, {})]
+        for key, values in SCALING.items():
+            changes = WORKLOADS[args.scaling]["changes"]
+            plan += [(args.scaling, {"changes": changes | {key: v}}) for v in values]
+    elif args.gpu:
+        names = args.workloads or ["W2", "W1", "atari50", "dmc2"]
+        plan = [(n, {"mode": m, "precision": p}) for n in names for m, p in GPU_MODES]
+    else:
+        plan = [(name, {}) for name in args.workloads or ["W1", "W2", "W3"]]
+    for name, options in plan:
+        reports.append(measure(name, args, **options))
+        show(reports[-1])
+        if args.json:  # after each, so that a lost machine loses little
+            Path(args.json).write_text(json.dumps({"machine": about, "reports": reports}, indent=1))
+
+
+GPU_MODES = [
+    ("graph", "bfloat16"), ("eager", "bfloat16"), ("graph", "float32"), ("eager", "float32"),
+    ("compile", "bfloat16"),
+]  # fmt: skip
+PARTS = ["model", "model forward", "sample", "sample and update", "environment"]
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--mode", choices=["graph", "eager", "compile"], default="graph")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--parts", nargs="*", help="further things to time, of the update and else")
+    parser.add_argument("--scaling", choices=WORKLOADS, help="a workload to enlarge")
+    parser.add_argument("--gpu", action="store_true", help="all modes on a GPU")
     parser.add_argument("--peer", choices=["sheeprl"])
     parser.add_argument("--peer-python", default="python")
     parser.add_argument("--json", help="file to write")
-    parser.add_argument("--worker", choices=WORKLOADS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.parts is None:
+        args.parts = [] if args.scaling else PARTS + ["policy 8", "policy 16"] * args.gpu
     if args.worker:
-        work_on(WORKLOADS[args.worker], args.precision, args.threads)
-        sys.exit()
-    about = machine() | {"threads": args.threads}
-    print(json.dumps(about))
-    reports = []
-    for name in args.workloads:
-        reports.append(report := measure(name, args))
-        print(f"{name}  {report['what']}, {args.precision}")
-        for key in ("ours", "sheeprl"):
-            if key in report:
-                print(f"    {key:8} {report[key]['peak MiB']:6} MiB  {report[key]['ms']}")
-        print(f"    ratio {report['ratio']}" if args.peer else "")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": about, "reports": reports}, indent=2))
+        work_on(json.loads(args.worker))
+    else:
+        main(args)

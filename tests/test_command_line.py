@@ -131,44 +131,47 @@ def small_args(script, **changes):
 
 # Folders that are no runs, or not of this script: args.yaml and what is said about it
 FILES = {
-    "zero": (b"", "another script or version: TypeCheckError: None is not a dict"),
-    "list": (b"[1, 2]", "another script or version: TypeCheckError: list is not a dict"),
-    "number": (b"3", "another script or version: TypeCheckError: int is not a dict"),
-    "text": (b"hello", "another script or version: TypeCheckError: str is not a dict"),
-    "few": (b"env_id: CartPole-v1", "another script or version: .*batch_length"),
-    "binary": (bytes(range(256)), "no run folder: UnicodeDecodeError"),
-    "utf16": ("seed: 1".encode("utf-16"), "no run folder: UnicodeDecodeError"),
-    "null": (b"a: \0", "no run folder: ReaderError"),
-    "open": (b"a: [1", "no run folder: ParserError"),
-    "tab": (b"\ta: 1", "no run folder: ScannerError"),
-    "two": (b"a: 1\n---\nb: 2", "no run folder: ComposerError"),
-    "alias": (b"*a", "no run folder: ComposerError"),
-    "key": (b"? [1]\n: 2", "no run folder: ConstructorError"),
-    "date": (b"2001-99-99", "no run folder: ValueError"),
-    "int": (b"!!int x", "no run folder: ValueError"),
-    "call": (b"!!python/object/apply:os.mkdir ['pwned']", "no run folder: ConstructorError"),
-    "name": (b"!!python/name:os.system", "no run folder: ConstructorError"),
-    "tuple": (b"!!python/tuple [1]", "no run folder: ConstructorError"),
+    "zero": (b"", "no run folder of this script: TypeCheckError: None is not a dict"),
+    "list": (b"[1, 2]", "no run folder of this script: TypeCheckError: list is not a dict"),
+    "number": (b"3", "no run folder of this script: TypeCheckError: int is not a dict"),
+    "text": (b"hello", "no run folder of this script: TypeCheckError: str is not a dict"),
+    "few": (b"env_id: CartPole-v1", "no run folder of this script: .*batch_length"),
+    "binary": (bytes(range(256)), "no run folder of this script: UnicodeDecodeError"),
+    "utf16": ("seed: 1".encode("utf-16"), "no run folder of this script: UnicodeDecodeError"),
+    "null": (b"a: \0", "no run folder of this script: ReaderError"),
+    "open": (b"a: [1", "no run folder of this script: ParserError"),
+    "tab": (b"\ta: 1", "no run folder of this script: ScannerError"),
+    "two": (b"a: 1\n---\nb: 2", "no run folder of this script: ComposerError"),
+    "alias": (b"*a", "no run folder of this script: ComposerError"),
+    "key": (b"? [1]\n: 2", "no run folder of this script: ConstructorError"),
+    "date": (b"2001-99-99", "no run folder of this script: ValueError"),
+    "int": (b"!!int x", "no run folder of this script: ValueError"),
+    "call": (
+        b"!!python/object/apply:os.mkdir ['pwned']",
+        "no run folder of this script: ConstructorError",
+    ),
+    "name": (b"!!python/name:os.system", "no run folder of this script: ConstructorError"),
+    "tuple": (b"!!python/tuple [1]", "no run folder of this script: ConstructorError"),
 }
 CHANGES = {  # of one argument in args.yaml
-    "seed_text": ({"seed": "x"}, "another script or version: .*'seed'"),
-    "seed_real": ({"seed": 1.5}, "another script or version: .*'seed'"),
-    "seed_none": ({"seed": None}, "another script or version: .*'seed'"),
-    "seed_list": ({"seed": [1]}, "another script or version: .*'seed'"),
-    "cuda_int": ({"cuda": 1}, "another script or version: .*'cuda'"),
-    "pixels_word": ({"pixels": "no"}, "another script or version: .*'pixels'"),
-    "rate_text": ({"model_lr": "fast"}, "another script or version: .*'model_lr'"),
-    "sticky_text": ({"sticky_prob": "often"}, "another script or version: .*'sticky_prob'"),
-    "observation": ({"observation": "smell"}, "another script or version: .*'observation'"),
-    "env_id_none": ({"env_id": None}, "another script or version: .*'env_id'"),
-    "more": ({"more": 1}, 'another script or version: .*"more"'),
-    "a_number": ({3: 4}, 'another script or version: .*"3"'),
+    "seed_text": ({"seed": "x"}, "no run folder of this script: .*'seed'"),
+    "seed_real": ({"seed": 1.5}, "no run folder of this script: .*'seed'"),
+    "seed_none": ({"seed": None}, "no run folder of this script: .*'seed'"),
+    "seed_list": ({"seed": [1]}, "no run folder of this script: .*'seed'"),
+    "cuda_int": ({"cuda": 1}, "no run folder of this script: .*'cuda'"),
+    "pixels_word": ({"pixels": "no"}, "no run folder of this script: .*'pixels'"),
+    "rate_text": ({"model_lr": "fast"}, "no run folder of this script: .*'model_lr'"),
+    "sticky_text": ({"sticky_prob": "often"}, "no run folder of this script: .*'sticky_prob'"),
+    "observation": ({"observation": "smell"}, "no run folder of this script: .*'observation'"),
+    "env_id_none": ({"env_id": None}, "no run folder of this script: .*'env_id'"),
+    "more": ({"more": 1}, 'no run folder of this script: .*"more"'),
+    "a_number": ({3: 4}, 'no run folder of this script: .*"3"'),
     "negative": ({"seed": -1}, "--seed is -1, it must be from 0 to"),
     "nothing": ({"deter": 0}, "--deter is 0, it must be from 1 to"),
     "env_id": ({"env_id": "Nothing-v0"}, "no Nothing-v0: NameNotFound"),
-    "actions": ({"actor_dist": "tanh_normal"}, "--actor-dist tanh_normal is not for discrete"),
+    "actions": ({"actor_dist": "tanh_normal"}, "tanh_normal is not for CartPole-v1's actions"),
     "horizon": ({"imag_horizon": 1}, "--imag-horizon is 1, it must be from 2 to 2147483647"),
-    "track": ({"track": True}, "--track needs a package .*pip install wandb"),
+    "track": ({"track": True}, "no checkpoint can be read in v./track|/replay, or it is missing"),
     "begun": ({}, "no checkpoint can be read in v./begun|v./begun/replay, or it is missing"),
 }
 
@@ -463,7 +466,7 @@ def test_what_is_fixed_can_change_to_no_value_at_all(script, data):
 
 # What main refuses; with sizes that make no work
 GYM = "Malformed environment ID"
-ONLY_BOX, ONLY_ACTIONS = "not supported, only Box and Dict", "not supported, only Discrete and Box"
+ONLY = "only Box, Dict of Box, Discrete fit, not "
 BAD_SPACES = "Text Tuple MultiDiscrete MultiBinary Discrete Sequence Graph OneOf None"
 COMMON = {
     # ids
@@ -512,18 +515,18 @@ COMMON = {
     "--env-id wrong_envs:Wrong/NoEnv-v0": "no wrong_envs:Wrong/NoEnv-v0: .*must inherit",
     "--env-id wrong_envs:Wrong/ImportError-v0": "ImportError-v0: ImportError: for some reason",
     "--env-id wrong_envs:Wrong/TypeError-v0": "TypeError-v0: TypeError: for some reason",
-    "--env-id FrozenLake-v1": rf"observations Discrete\(16\) are {ONLY_BOX}",
-    "--env-id FrozenLake-v1 --pixels": rf"observations Discrete\(16\) are {ONLY_BOX}",
-    "--env-id Blackjack-v1": rf"observations Tuple\(.* are {ONLY_BOX}",
+    "--env-id FrozenLake-v1": rf"^{ONLY}Discrete\(16\) and Discrete\(4\)$",
+    "--env-id FrozenLake-v1 --pixels": rf"^{ONLY}Discrete\(16\) and Discrete\(4\)$",
+    "--env-id Blackjack-v1": rf"^{ONLY}Tuple\(.*\) and Discrete\(2\)$",
     **{
-        f"--env-id wrong_envs:Wrong/{name}-v0": rf"observations {name}.* are {ONLY_BOX}"
+        f"--env-id wrong_envs:Wrong/{name}-v0": rf"^{ONLY}{name}.* and Discrete\(2\)$"
         for name in BAD_SPACES.split()
     },
-    "--env-id wrong_envs:Wrong/Nested-v0": rf"observations Dict\(.* are {ONLY_BOX}",
-    "--env-id wrong_envs:Wrong/Mixed-v0": rf"observations Dict\(.* are {ONLY_BOX}",
+    "--env-id wrong_envs:Wrong/Nested-v0": rf"^{ONLY}Dict\(.*\) and Discrete\(2\)$",
+    "--env-id wrong_envs:Wrong/Mixed-v0": rf"^{ONLY}Dict\(.*\) and Discrete\(2\)$",
     "--env-id wrong_envs:Wrong/Empty-v0": r"--observation auto does not fit .*Dict\(\)",
     **{
-        f"--env-id wrong_envs:Wrong/{name}Action-v0": rf"actions {name}.* are {ONLY_ACTIONS}"
+        f"--env-id wrong_envs:Wrong/{name}Action-v0": rf"^{ONLY}Box\(.*\) and {name}"
         for name in "Text Tuple MultiDiscrete MultiBinary Dict None".split()
     },
     "--env-id wrong_envs:Wrong/TwoChannels-v0": r"auto does not fit .*\(64, 64, 2\)",
@@ -534,10 +537,14 @@ COMMON = {
     "--env-id wrong_envs:Wrong/FourChannels-v0 --observation vector": "vector does not fit",
     "--env-id PongNoFrameskip-v4 --observation vector": "--observation vector does not fit",
     # values that do not go together
-    "--env-id PongNoFrameskip-v4 --actor-dist tanh_normal": "tanh_normal is not for discrete",
-    "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for discrete actions",
-    "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous actions",
-    "--env-id dmc/walker-walk --observation vector --actor-dist onehot": "onehot is not for cont",
+    "--env-id PongNoFrameskip-v4 --actor-dist tanh_normal":
+        "^--actor-dist tanh_normal is not for PongNoFrameskip-v4's actions$",
+    "--env-id CartPole-v1 --actor-dist tanh_normal":
+        "^--actor-dist tanh_normal is not for CartPole-v1's actions$",
+    "--env-id Pendulum-v1 --actor-dist onehot":
+        "^--actor-dist onehot is not for Pendulum-v1's actions$",
+    "--env-id dmc/walker-walk --observation vector --actor-dist onehot":
+        "^--actor-dist onehot is not for dmc/walker-walk's actions$",
     "--env-id CartPole-v1 --imag-horizon 1": "--imag-horizon is 1, it must be from 2 to 2147483647",
     "--env-id CartPole-v1 --batch-length 201": "--batch-length 201 > --prefill or --replay-size",
     "--env-id CartPole-v1 --batch-length 50 --replay-size 40": "--batch-length 50 > .*replay-size",
@@ -546,34 +553,35 @@ COMMON = {
     "--env-id CartPole-v1 --num-envs 10000000000000000000000": "--num-envs is 1",
     "--env-id Pendulum-v1 --pixels --replay-size 2000000000 --total-frames 2000000000":
         "the replay takes .* GiB of .* free: lower --replay-size",
-    "--env-id CartPole-v1 --track": "--track needs a package .*pip install wandb",
+    "--env-id CartPole-v1 --track": "^--track needs pip install wandb: ModuleNotFoundError",
     "--env-id CartPole-v1 --sticky-prob -0.1": "--sticky-prob is -0.1, it must be from 0 to 1",
     "--env-id CartPole-v1 --seed 1 --seed -2": "--seed is -2",
     "--env-id CartPole-v1 --env-id Nothing-v0": "no Nothing-v0",
     # runs
-    "--resume nowhere": "nowhere is no run folder: FileNotFoundError",
-    "--evaluate nowhere": "nowhere is no run folder: FileNotFoundError",
-    "--resume nowhere --help": "nowhere is no run folder: FileNotFoundError",
-    "--resume wrong_envs.py": "wrong_envs.py is no run folder: NotADirectoryError",
-    "--evaluate wrong_envs.py": "wrong_envs.py is no run folder: NotADirectoryError",
-    f"--resume {'x' * 300}": "xxx is no run folder: OSError: .*too long",
+    "--resume nowhere": "nowhere is no run folder of this script: FileNotFoundError",
+    "--evaluate nowhere": "nowhere is no run folder of this script: FileNotFoundError",
+    "--resume nowhere --help": "nowhere is no run folder of this script: FileNotFoundError",
+    "--resume wrong_envs.py": "wrong_envs.py is no run folder of this script: NotADirectoryError",
+    "--evaluate wrong_envs.py": "wrong_envs.py is no run folder of this script: NotADirectoryError",
+    f"--resume {'x' * 300}": "xxx is no run folder of this script: OSError: .*too long",
 }  # fmt: skip
 OWN = {
     "dreamerv1": {  # prefill is in frames
         "--env-id CartPole-v1 --action-repeat 4 --batch-length 51": "--batch-length 51 > --prefill",
     },
     "dreamerv2": {
-        "--env-id CartPole-v1 --actor-dist trunc_normal": "trunc_normal is not for discrete",
+        "--env-id CartPole-v1 --actor-dist trunc_normal": "trunc_normal is not for CartPole-v1's",
+        "--env-id CartPole-v1 --classes 0": "--classes is 0, it must be from 1 to 2147483647",
         "--env-id CartPole-v1 --num-envs 30": "--batch-length 7 > --prefill",
     },
 }
 LINES = [(SCRIPTS[i % 2], flags, said) for i, (flags, said) in enumerate(COMMON.items())]
 LINES += [(s, flags, said) for s in SCRIPTS for flags, said in OWN[s].items()]
 FOLDERS = {name: said for name, (_, said) in (FILES | CHANGES).items()} | {
-    "empty": "empty is no run folder: FileNotFoundError",
-    "folder": "folder is no run folder: IsADirectoryError",
-    "begun/args.yaml": "args.yaml is no run folder: NotADirectoryError",
-    "foreign": "foreign is a run of another script or version",
+    "empty": "empty is no run folder of this script: FileNotFoundError",
+    "folder": "folder is no run folder of this script: IsADirectoryError",
+    "begun/args.yaml": "args.yaml is no run folder of this script: NotADirectoryError",
+    "foreign": r"foreign is no run folder of this script: TypeCheckError: .* key\(s\): ",
 }
 LINES += [
     (s, f"--{('resume', 'evaluate')[i // 2 % 2]} v{s[-1]}/{name}", said)
@@ -651,7 +659,10 @@ ODD = {
     "--env-id CartPole-v1 --deter 1000000000000": "--deter is 1000000000000",
     "--env-id CartPole-v1 --resume ''": "--resume and --evaluate take a run folder",
     "--env-id CartPole-v1 --evaluate=": "--resume and --evaluate take a run folder",
-    **{f"--resume {{0}}/odd_{name}": f"odd_{name} is no run folder" for name in ODD_YAML},
+    **{
+        f"--resume {{0}}/odd_{name}": f"odd_{name} is no run folder of this script"
+        for name in ODD_YAML
+    },
     "--resume {0}/nan": "--model-lr is nan, it must be from",
     "--resume {0}/begun --evaluate {0}/begun": "--resume and --evaluate .* do not go together",
     "--resume {0}/begun --evaluate nowhere": "--resume and --evaluate .* do not go together",

@@ -316,10 +316,11 @@ def test_states_have_the_shapes_of_the_docstring():
 
 
 @pytest.mark.usefixtures("no_noise")
-def test_is_first_in_the_middle_of_a_window_equals_two_windows():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_is_first_in_the_middle_of_a_window_equals_two_windows(dtype):
     x, batch = make(), make_batch()
     batch["action"] += torch.randn(T, B, A)  # reset rows too: their actions must not matter
-    batch["is_first"].zero_()
+    batch["is_first"] = torch.zeros(T, B, dtype=dtype)
     ends = (2, 4, 7, 3)
     for b, t in enumerate(ends):
         batch["is_first"][t, b] = 1
@@ -800,36 +801,38 @@ def test_random_actions_decay_linearly_and_then_stay_among_one_hot_ones(updates,
 # policy
 
 
-def rows(batch, t):
-    return {k: v[t].numpy() for k, v in batch.items()}
+def row_of(batch, t):
+    return {k: v[t] for k, v in batch.items()}
 
 
 @pytest.mark.parametrize("sample", [True, False])
 def test_actions_are_sampled_or_the_mode_and_the_latent_is_sampled_in_both(sample, monkeypatch):
     x, batch, stochs = make(), make_batch(), set()
+    row, start = row_of(batch, 0), x.world_model.rssm.initial(B)
     monkeypatch.setattr(dreamerv1.TanhNormal, "rsample", lambda self: torch.full((B, A), 0.2))
     monkeypatch.setattr(dreamerv1.TanhNormal, "mode", torch.full((B, A), 0.7))
     for _ in range(5):
-        action, state = dreamerv1.policy(x.agent, rows(batch, 0), None, sample)
-        assert (action == np.float32(0.2 if sample else 0.7)).all()
+        action, state = dreamerv1.policy(x.agent, row, start, sample)
+        assert (action == (0.2 if sample else 0.7)).all()
         stochs.add(tuple(state["stoch"].flatten().tolist()))
-        assert isinstance(action, np.ndarray)
-        assert action.dtype == np.float32
+        assert action.dtype == torch.float32
+        assert {k: v.shape for k, v in state.items()} == {"deter": (B, D), "stoch": (B, S)}
         assert not any(v.requires_grad for v in state.values())
     assert len(stochs) == 5
-    assert (dreamerv1.policy(x.agent, rows(batch, 0), None)[0] == np.float32(0.2)).all()
+    assert (dreamerv1.policy(x.agent, row, start)[0] == 0.2).all()
 
 
 @pytest.mark.usefixtures("no_noise")
 def test_acting_row_by_row_gives_the_states_of_learning_and_is_first_resets_them():
-    x, batch, state = make(SHAPES), make_batch(SHAPES), None
+    x, batch = make(SHAPES), make_batch(SHAPES)
+    state = x.world_model.rssm.initial(B)
     post, _ = observe(x, batch)  # sequence 1 has a reset at row 5
     for t in range(T):
-        action, state = dreamerv1.policy(x.agent, rows(batch, t), state)
-        for key in ("deter", "stoch", "mean", "std"):
+        action, state = dreamerv1.policy(x.agent, row_of(batch, t), state)
+        for key in ("deter", "stoch"):
             close(state[key], post[key][t].detach(), atol=1e-5)
         dist = x.actor(x.world_model.rssm.feat(state)).base_dist.base_dist
-        close(torch.tensor(action), torch.tanh(dist.mean).detach(), atol=1e-5)
-    fresh = {k: v[1:2] for k, v in rows(batch, 5).items()}
-    _, reset = dreamerv1.policy(x.agent, fresh, None)
+        close(action, torch.tanh(dist.mean).detach(), atol=1e-5)
+    fresh = {k: v[1:2] for k, v in row_of(batch, 5).items()}
+    _, reset = dreamerv1.policy(x.agent, fresh, x.world_model.rssm.initial(1))
     close(reset["deter"], post["deter"][5, 1:2].detach(), atol=1e-5)

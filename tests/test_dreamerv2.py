@@ -38,12 +38,15 @@ def no_noise(monkeypatch):
         prob = self.probs
         return self.mode + (prob - prob.detach())
 
-    def gaussian(self, shape=()):
-        return self.mean.expand(*shape, *self.mean.shape)
-
     monkeypatch.setattr(dreamerv2.OneHot, "rsample", one_hot)
     monkeypatch.setattr(dreamerv2.TruncNormal, "rsample", lambda self: self.mode)
-    monkeypatch.setattr(td.Normal, "rsample", gaussian)
+
+
+@pytest.fixture
+def smooth(monkeypatch):
+    """Every sample is a smooth function of the statistics: probabilities, or the mode."""
+    monkeypatch.setattr(dreamerv2.OneHot, "rsample", lambda self: self.probs)
+    monkeypatch.setattr(dreamerv2.TruncNormal, "rsample", lambda self: self.mode)
 
 
 def make_args(discrete=True, **options):
@@ -82,8 +85,13 @@ def random_state(rssm, *size):
 
 def random_stats(rssm, scale=1.0):
     """Statistics of (T, B) latents as leaves, and those leaves."""
-    leaf = (scale * torch.randn(T, B, S * (K if rssm.classes else 2))).requires_grad_()
+    leaf = (scale * torch.randn(T, B, S * K)).requires_grad_()
     return rssm.stats(leaf), leaf
+
+
+def update(x, batch, optimizers=None):
+    optimizers = optimizers or dreamerv2.make_optimizers(x.agent, x.args)
+    return dreamerv2.update(x.agent, optimizers, batch, x.args)
 
 
 def one_update(discrete=True, **options):
@@ -93,10 +101,7 @@ def one_update(discrete=True, **options):
     torch.manual_seed(2)
     x = make(discrete=discrete, **options)
     torch.manual_seed(3)
-    metrics = dreamerv2.update(
-        x.agent, dreamerv2.make_optimizers(x.agent, x.args), batch, 0, x.args
-    )
-    metrics = {k: float(v) for k, v in metrics.items()}
+    metrics = {k: float(v) for k, v in update(x, batch).items()}
     assert all(math.isfinite(v) for v in metrics.values()), metrics
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in x.agent.parameters())
     return metrics
@@ -143,23 +148,18 @@ def test_lambda_return_of_a_case_by_hand():
 # KL
 
 
-@pytest.mark.parametrize("classes", [K, 0])
-def test_kl_equals_torch_and_is_summed_over_the_latents(classes):
-    rssm = make(classes=classes).world_model.rssm
+def test_kl_equals_torch_and_is_summed_over_the_latents():
+    rssm = make().world_model.rssm
     post, prior = random_stats(rssm)[0], random_stats(rssm)[0]
-    if classes:
-        p, q = (td.OneHotCategorical(logits=x["logit"]) for x in (post, prior))
-    else:
-        p, q = (td.Normal(x["mean"], x["std"]) for x in (post, prior))
+    p, q = (td.OneHotCategorical(logits=x["logit"]) for x in (post, prior))
     kl = rssm.kl(post, prior)
     assert kl.shape == (T, B)
     close(kl, sum(td.kl_divergence(p, q)[..., s] for s in range(S)))
 
 
-@pytest.mark.parametrize("classes", [K, 0])
 @pytest.mark.parametrize("balance", [0.8, 0.3])
-def test_kl_balance_is_the_share_that_trains_the_prior(classes, balance):
-    model = make(classes=classes, kl_balance=balance).world_model
+def test_kl_balance_is_the_share_that_trains_the_prior(balance):
+    model = make(kl_balance=balance).world_model
     (post, post_leaf), (prior, prior_leaf) = random_stats(model.rssm), random_stats(model.rssm)
     loss, kl = model.kl_loss(post, prior)
     close(loss, kl.mean())
@@ -218,6 +218,34 @@ def test_one_hot_samples_are_exactly_one_hot_and_as_frequent_as_their_probabilit
     assert ((sample == 0) | (sample == 1)).all()
     assert (sample.sum(-1) == 1).all()
     close(sample.mean(0), logit.softmax(-1), rtol=0, atol=0.02)  # 5 standard deviations and more
+
+
+def test_a_one_hot_sample_takes_one_uniform_number_per_class(monkeypatch):
+    dist, drawn, rand_like = dreamerv2.OneHot(torch.randn(B, S, K)), [], torch.rand_like
+
+    def record(x):
+        drawn.append(rand_like(x))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "rand_like", record)
+    torch.manual_seed(4)
+    sample, after = dist.rsample(), torch.get_rng_state()
+    (uniform,) = drawn
+    assert uniform.shape == (B, S, K)
+    # The first of exponential times with the probabilities as rates.
+    first = (-uniform.log() / dist.probs).argmin(-1)
+    assert torch.equal(sample, F.one_hot(first, K).float())
+    torch.manual_seed(4)
+    rand_like(dist.probs)
+    assert torch.equal(torch.get_rng_state(), after)  # and nothing else is drawn
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_a_one_hot_sample_is_one_hot_for_the_least_and_the_greatest_uniform_number(u, monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, u))
+    sample = dreamerv2.OneHot(100 * torch.randn(B, S, K)).rsample()
+    assert ((sample == 0) | (sample == 1)).all()
+    assert (sample.sum(-1) == 1).all()
 
 
 def test_one_hot_gradient_is_straight_through_that_of_the_probabilities():
@@ -579,7 +607,7 @@ def test_acting_and_learning_scale_pixels_by_the_same_function(monkeypatch):
         return image.float() / 255 - 0.5
 
     monkeypatch.setattr(dreamerv2, "pixels", record)
-    dreamerv2.policy(x.agent, {k: v[0] for k, v in batch.items()}, None)
+    dreamerv2.policy(x.agent, row_of(batch, 0), x.world_model.rssm.initial(B))
     assert calls == [(B, C, 64, 64)]
     x.world_model.loss(batch)
     assert calls[1:] == [(T, B, C, 64, 64)] * 2  # what it sees and what it predicts
@@ -633,11 +661,11 @@ def observe(x, batch):
 
 
 @pytest.mark.usefixtures("no_noise")
-@pytest.mark.parametrize("classes", [K, 0])
-def test_is_first_in_the_middle_of_a_window_equals_two_windows(classes):
-    x, batch = make(classes=classes), make_batch()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_is_first_in_the_middle_of_a_window_equals_two_windows(dtype):
+    x, batch = make(), make_batch()
     batch["action"] += torch.randn(T, B, A)  # reset rows too: their actions must not matter
-    batch["is_first"].zero_()
+    batch["is_first"] = torch.zeros(T, B, dtype=dtype)
     for b, t in enumerate((2, 4, 5, 3)):
         batch["is_first"][t, b] = 1
     post, prior = observe(x, batch)
@@ -675,10 +703,11 @@ def snapshot_of(tensors):
     return {k: v.clone() for k, v in tensors.items()}
 
 
-def test_is_first_forgets_both_state_and_action_of_its_row_only():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_is_first_forgets_both_state_and_action_of_its_row_only(dtype):
     rssm, embed = make().world_model.rssm, torch.randn(B, UNITS)
     state, action = random_state(rssm, B), torch.randn(B, A)
-    first = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    first = torch.tensor([0, 1, 0, 1]).to(dtype)
     deter = rssm.obs_step(state, action, embed, first)["deter"]
     fresh = rssm.gru_step(rssm.initial(B), torch.zeros(B, A))
     kept = rssm.gru_step(state, action)
@@ -696,9 +725,8 @@ def test_training_windows_start_from_zero_whatever_the_first_action():
         assert (x.world_model.loss(changed)[0] == loss) == (row == 0)
 
 
-@pytest.mark.parametrize("classes", [K, 0])
-def test_prior_statistics_equal_those_of_imagined_steps(classes):
-    x, batch = make(classes=classes), make_batch()
+def test_prior_statistics_equal_those_of_imagined_steps():
+    x, batch = make(), make_batch()
     rssm = x.world_model.rssm
     post, prior = observe(x, batch)
     state, keep = rssm.initial(B), 1 - batch["is_first"]
@@ -757,22 +785,6 @@ def test_imagined_actions_pull_on_the_actor_but_not_on_the_states_it_sees():
     last = states["deter"][-1].sum()  # it follows from the actions and from the start
     for leaf in (*x.actor.parameters(), *start.values()):
         assert torch.autograd.grad(last, leaf, retain_graph=True)[0].any()
-
-
-def test_gaussian_latents_have_the_std_of_the_authors():
-    x = make(classes=0)
-    rssm, batch = x.world_model.rssm, make_batch()
-    post, prior = observe(x, batch)
-    assert rssm.feat_size == S + D
-    for stats, keys in ((post, {"deter", "stoch", "mean", "std"}), (prior, {"mean", "std"})):
-        assert stats.keys() == keys
-        assert stats["mean"].shape == stats["std"].shape == (T, B, S)
-    raw = rssm.img_out(post["deter"])
-    close(prior["mean"], raw[..., :S])
-    close(prior["std"], 2 / (1 + torch.exp(-raw[..., S:] / 2)) + 0.1)
-    z = (post["stoch"] - post["mean"]) / post["std"]
-    assert 0.5 < z.std() < 1.5  # sampled, each from its own Gaussian
-    assert abs(z.mean()) < 0.5
 
 
 @pytest.mark.parametrize("norm", ["none", "layer"])
@@ -1000,9 +1012,9 @@ def test_terminal_starts_count_only_at_their_first_state(monkeypatch):
     close(actor_loss, -objective.mean() / (STATES - 2))
 
 
-@pytest.mark.usefixtures("no_noise")
+@pytest.mark.usefixtures("smooth")
 def test_dynamics_gradient_equals_finite_differences_of_the_imagined_returns():
-    x = make(discrete=False, classes=0, discount_head=False, actor_entropy=0.0, gamma=0.9)
+    x = make(discrete=False, discount_head=False, actor_entropy=0.0, gamma=0.9)
     batch, bias = make_batch(discrete=False), x.actor.out.bias
     x.actor.out.weight.data.zero_()  # one action everywhere: no gradient is cut at the actor
     bias.data = torch.tensor([0.3, -0.4])
@@ -1053,21 +1065,19 @@ def test_an_update_moves_every_parameter_of_an_optimizer_and_no_other(learner):
         lr = 1e-2 if name == learner else 0.0
         optimizer.param_groups[0].update(lr=lr, weight_decay=0.0)
     before = snapshot(x.agent)
-    dreamerv2.update(x.agent, optimizers, batch, 1, x.args)
+    update(x, batch, optimizers)
     moved = {k for k, v in x.agent.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {k for k in before if k.startswith(f"{learner}.")}
 
 
-def test_slow_critic_is_copied_at_update_0_and_every_slow_update_only():
-    x, batch, copied = make(slow_update=3, critic_lr=1e-2), make_batch(), []
-    optimizers = dreamerv2.make_optimizers(x.agent, x.args)
-    for updates in range(7):
-        before = snapshot(x.slow_critic)
-        dreamerv2.update(x.agent, optimizers, batch, updates, x.args)
-        after = snapshot(x.slow_critic)
-        assert same(after, before) or same(after, snapshot(x.critic))
-        copied.append(same(after, snapshot(x.critic)))
-    assert copied == [True, False, False, True, False, False, True]
+def test_updates_leave_the_slow_critic_as_it_is():
+    x, batch = make(slow_update=1, critic_lr=1e-2), make_batch()
+    optimizers, slow = dreamerv2.make_optimizers(x.agent, x.args), snapshot(x.slow_critic)
+    for _ in range(3):
+        before = snapshot(x.critic)
+        update(x, batch, optimizers)
+        assert not same(snapshot(x.critic), before)
+        assert same(snapshot(x.slow_critic), slow)
 
 
 @pytest.mark.parametrize("decay", [1e-6, 0.1])
@@ -1099,8 +1109,7 @@ def test_each_optimizer_clips_the_norm_of_its_own_gradient():
     x, batch = make(discrete=False, reward_transform="none"), make_batch(discrete=False)
     x.world_model.reward.out.weight.data *= 1e5
     batch["reward"] *= 1e4
-    optimizers = dreamerv2.make_optimizers(x.agent, x.args)
-    metrics = dreamerv2.update(x.agent, optimizers, batch, 0, x.args)
+    metrics = update(x, batch)
     for name, key in (("world_model", "model"), ("actor", "actor"), ("critic", "critic")):
         grads = [p.grad for p in x.agent[name].parameters()]
         assert metrics[f"grad_norm/{key}"] > 200  # the norm before
@@ -1109,9 +1118,7 @@ def test_each_optimizer_clips_the_norm_of_its_own_gradient():
 
 def test_small_gradients_are_not_clipped():
     x, batch = make(), make_batch()
-    metrics = dreamerv2.update(
-        x.agent, dreamerv2.make_optimizers(x.agent, x.args), batch, 0, x.args
-    )
+    metrics = update(x, batch)
     for name, key in (("world_model", "model"), ("actor", "actor"), ("critic", "critic")):
         grads = [p.grad for p in x.agent[name].parameters()]
         assert metrics[f"grad_norm/{key}"] < 100
@@ -1136,7 +1143,7 @@ def test_imagination_starts_at_the_losses_posterior_in_the_model_after_its_step(
     monkeypatch.setattr(x.world_model, "loss", record_loss)
     monkeypatch.setattr(dreamerv2, "behavior_loss", record)
     before = [snapshot(m) for m in (x.world_model, x.actor, x.critic)]
-    dreamerv2.update(x.agent, dreamerv2.make_optimizers(x.agent, x.args), batch, 0, x.args)
+    update(x, batch)
     assert posts[0] is posts[1]
     assert not same(seen[0], before[0])
     assert same(seen[0], snapshot(x.world_model))
@@ -1154,7 +1161,7 @@ OPTIONS = [
     ({"act": "silu", "norm": "layer"}, "losses/model"),
     ({"act": "relu"}, "losses/model"),
     ({"reward_head": "twohot"}, "losses/reward"),
-    ({"classes": 0}, "losses/kl"),
+    ({"classes": 4}, "losses/kl"),
     ({"reward_transform": "none"}, "losses/reward"),
     ({"discount_scale": 10.0}, "losses/model"),
     ({"free_nats": 5.0}, "losses/kl"),
@@ -1256,8 +1263,9 @@ def test_open_loop_sees_five_images_and_dreams_the_rest():
         close(model[t], image, atol=1e-5)
 
 
+@pytest.mark.usefixtures("smooth")
 def test_open_loop_does_not_look_ahead():
-    x, batch = make(("image",), classes=0), make_batch(("image",), steps=8)
+    x, batch = make(("image",)), make_batch(("image",), steps=8)
 
     def model_part(**changes):
         torch.manual_seed(3)
@@ -1278,20 +1286,23 @@ def test_open_loop_does_not_look_ahead():
 # policy
 
 
-def rows(batch, t):
-    return {k: v[t].numpy() for k, v in batch.items()}
+def row_of(batch, t):
+    return {k: v[t] for k, v in batch.items()}
+
+
+def act(x, batch, sample=True):
+    """Acts on the first row, after no other."""
+    return dreamerv2.policy(x.agent, row_of(batch, 0), x.world_model.rssm.initial(B), sample)
 
 
 @pytest.mark.parametrize("sample", [True, False])
 def test_discrete_actions_are_one_hot(sample):
-    x, batch = make(SHAPES), make_batch(SHAPES)
-    action, state = dreamerv2.policy(x.agent, rows(batch, 0), None, sample)
-    assert isinstance(action, np.ndarray)
+    action, state = act(make(SHAPES), make_batch(SHAPES), sample)
     assert action.shape == (B, A)
-    assert sorted(np.unique(action)) == [0, 1]
+    assert action.unique().tolist() == [0, 1]
     assert (action.sum(-1) == 1).all()
-    assert state["deter"].shape == (B, D)
-    assert not any(v.requires_grad for v in state.values())
+    assert {k: v.shape for k, v in state.items()} == {"deter": (B, D), "stoch": (B, S * K)}
+    assert not any(v.requires_grad for v in (action, *state.values()))
 
 
 @pytest.mark.parametrize("sample", [True, False])
@@ -1299,29 +1310,28 @@ def test_discrete_actions_are_one_hot(sample):
 def test_continuous_actions_lie_between_minus_one_and_one(dist, sample):
     x, batch = make(discrete=False, actor_dist=dist), make_batch(discrete=False)
     x.actor.out.weight.data *= 100
-    action, _ = dreamerv2.policy(x.agent, rows(batch, 0), None, sample)
+    action, _ = act(x, batch, sample)
     assert action.shape == (B, A)
-    assert action.dtype == np.float32
-    assert np.abs(action).max() <= 1
+    assert action.dtype == torch.float32
+    assert action.abs().max() <= 1
 
 
 @pytest.mark.parametrize("discrete", [True, False])
 def test_evaluation_takes_the_mode_given_a_latent_that_is_still_sampled(discrete):
     x, batch, stochs = make(discrete=discrete), make_batch(discrete=discrete), set()
     for _ in range(5):
-        action, state = dreamerv2.policy(x.agent, rows(batch, 0), None, sample=False)
+        action, state = act(x, batch, sample=False)
         mode = x.actor(x.world_model.rssm.feat(state)).mode
-        close(torch.tensor(action), mode.detach())
+        close(action, mode.detach())
         stochs.add(tuple(state["stoch"].flatten().tolist()))
     assert len(stochs) > 1
 
 
 def test_sampled_actions_follow_the_policy():
     x, count = make(), 3000
-    zeros = np.zeros((count, A), np.float32)
-    row = {"vector": np.random.default_rng(0).normal(size=(count, V)).astype(np.float32)}
-    row |= {"action": zeros, "reward": zeros[:, 0], "is_first": zeros[:, 0] + 1}
-    action, state = dreamerv2.policy(x.agent, row, None)
+    row = {"vector": torch.randn(count, V), "action": torch.zeros(count, A)}
+    row |= {"reward": torch.zeros(count), "is_first": torch.ones(count)}
+    action, state = dreamerv2.policy(x.agent, row, x.world_model.rssm.initial(count))
     prob = x.actor(x.world_model.rssm.feat(state)).log_prob(torch.eye(A)[0]).exp()
     likely = prob > prob.median()
     for part in (likely, ~likely):  # 5 standard deviations and more
@@ -1331,22 +1341,25 @@ def test_sampled_actions_follow_the_policy():
 
 @pytest.mark.usefixtures("no_noise")
 def test_acting_row_by_row_gives_the_states_of_learning_from_the_window():
-    x, batch, state = make(SHAPES), make_batch(SHAPES), None
+    x, batch = make(SHAPES), make_batch(SHAPES)
     batch["is_first"][0] = 1
+    state = random_state(x.world_model.rssm, B)
     post, _ = observe(x, batch)
     for t in range(T):
-        _, state = dreamerv2.policy(x.agent, rows(batch, t), state)
-        for key in ("deter", "stoch", "logit"):
+        _, state = dreamerv2.policy(x.agent, row_of(batch, t), state)
+        for key in ("deter", "stoch"):
             close(state[key], post[key][t].detach(), atol=1e-5)
 
 
 @pytest.mark.usefixtures("no_noise")
-def test_is_first_resets_the_state_of_its_environment_and_the_others_carry_theirs():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_is_first_resets_the_state_of_its_environment_and_the_others_carry_theirs(dtype):
     x, batch = make(), make_batch()
-    _, state = dreamerv2.policy(x.agent, rows(batch, 0), None)
-    row = rows(batch, 1) | {"is_first": np.array([0, 1, 0, 0], np.float32)}
+    start = x.world_model.rssm.initial(B)
+    _, state = dreamerv2.policy(x.agent, row_of(batch, 0), start)
+    row = row_of(batch, 1) | {"is_first": torch.tensor([0, 1, 0, 0]).to(dtype)}
     _, after = dreamerv2.policy(x.agent, row, state)
-    fresh = row | {"is_first": np.ones(B, np.float32), "action": np.zeros((B, A), np.float32)}
-    _, reset = dreamerv2.policy(x.agent, fresh, None)
+    fresh = row | {"is_first": torch.ones(B, dtype=dtype), "action": torch.zeros(B, A)}
+    _, reset = dreamerv2.policy(x.agent, fresh, start)
     equal = (after["deter"] == reset["deter"]).all(-1)
     assert equal.tolist() == [False, True, False, False]

@@ -11,6 +11,7 @@ import envs as tiny
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 
 import common
@@ -143,6 +144,8 @@ def test_frames_are_counted_without_reset_rows():
 def test_environments_that_are_all_done_are_reset():
     envs = common.make_envs(2, env_id="Counting-v0", seed=5)
     done = np.ones(2, bool)
+    assert envs.shapes["is_first"] == ((), bool)  # as replay has it; a row is all in float32
+    dtypes = {k: dtype for k, (_, dtype) in envs.shapes.items()} | {"is_first": np.float32}
     for episode in (1, 2, 3):  # whether or not the episodes have ended
         row, ended, info = common.step_rows(envs, np.eye(3)[[1, 2]], done)
         assert not ended.any()
@@ -151,7 +154,7 @@ def test_environments_that_are_all_done_are_reset():
         assert not any(row[key].any() for key in ("action", "reward", "is_terminal"))
         assert row["vector"][:, :2].tolist() == [[0, -1], [0, -1]]
         assert envs.keys[:, 2].tolist() == [episode, episode]
-        assert {k: v.dtype for k, v in row.items()} == {k: v for k, (_, v) in envs.shapes.items()}
+        assert {k: v.dtype for k, v in row.items()} == dtypes
         row, _, _ = common.step_rows(envs, np.eye(3)[[1, 2]], ~done)
         assert row["vector"][:, :2].tolist() == [[1, 1], [1, 2]]
     envs.close()
@@ -247,11 +250,17 @@ def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
     resumed.close()
 
 
-def test_a_time_limit_in_agent_steps_truncates():
-    env = common.make_env("Pendulum-v1", 1, 0, time_limit=7, action_repeat=2)
-    env.reset()
-    ends = [env.step(np.zeros(1))[2:4] for _ in range(7)]
-    assert ends == [(False, False)] * 6 + [(False, True)]
+@pytest.mark.parametrize(
+    ("frames", "repeat", "steps"), [(7, 1, 7), (8, 2, 4), (7, 2, 4), (3, 4, 1)]
+)
+def test_a_time_limit_in_frames_truncates_after_the_agent_step_that_reaches_it(
+    frames, repeat, steps
+):
+    env = common.make_env("Pendulum-v1", 1, 0, time_limit=frames, action_repeat=repeat)
+    for _ in range(2):
+        env.reset()
+        ends = [env.step(np.zeros(1))[2:4] for _ in range(steps)]
+        assert ends == [(False, False)] * (steps - 1) + [(False, True)]
 
 
 def test_the_limit_of_the_environment_itself_holds_without_a_time_limit():
@@ -349,7 +358,7 @@ def test_losing_a_life_ends_nothing():
 
 def test_a_time_limit_truncates_an_atari_game():
     env = common.make_env(
-        "ALE/Pong-v5", 1, 0, grayscale=True, action_repeat=4, time_limit=5, sticky_prob=0.0
+        "ALE/Pong-v5", 1, 0, grayscale=True, action_repeat=4, time_limit=18, sticky_prob=0.0
     )
     env.reset()
     ends = [env.step(np.eye(6)[0])[2:4] for _ in range(5)]
@@ -653,7 +662,7 @@ def test_an_image_and_vectors_in_a_dict_can_be_chosen():
         ("vector", ["vector"]),
     ):
         # Only what has no image of its own has to be drawn, and this one cannot be.
-        env = common.Standard(tiny.Still(obs, space), observation, False, 1, [1, 0, 0])
+        env = common.Standard(tiny.Still(obs, space), observation, False, [1, 0, 0])
         out, _ = env.reset()
         assert sorted(out) == sorted(env.observation_space) == keys
         if "image" in keys:
@@ -740,14 +749,16 @@ def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
     Dict(a=Box(-1, 1, (2,)), b=Discrete(3)),
 ])  # fmt: skip
 def test_observations_that_are_not_boxes_are_refused_in_one_line(space):
-    with pytest.raises(common.UserError, match=r"observations .* not supported") as error:
+    said = f"^only Box, Dict of Box, Discrete fit, not {re.escape(str(space))} and "
+    with pytest.raises(common.UserError, match=said) as error:
         make_still("BadObservation-v0", None, space)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("actions", [MultiDiscrete([2, 3]), MultiBinary(3), Dict(a=Discrete(2))])
 def test_actions_that_are_neither_discrete_nor_boxes_are_refused_in_one_line(actions):
-    with pytest.raises(common.UserError, match=r"actions .* not supported") as error:
+    said = rf"^only Box, Dict of Box, Discrete fit, not Box\(.*\) and {re.escape(str(actions))}$"
+    with pytest.raises(common.UserError, match=said) as error:
         make_still("BadAction-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), actions)
     assert "\n" not in str(error.value)
 
@@ -791,12 +802,17 @@ def returns_of(index, episodes, seed=11):
 
 
 def ones(row, state):
-    return np.eye(3, dtype=np.float32)[np.ones(len(row["reward"]), int)], state
+    return torch.eye(3)[torch.ones(len(row["reward"]), dtype=torch.int)], state
+
+
+def evaluate(envs, episodes, **options):
+    """Plays an agent that always takes action 1 and has no state."""
+    return common.evaluate(envs, ones, {}, episodes, **options)
 
 
 def test_evaluation_plays_whole_episodes_and_equally_many_in_each_environment():
     envs = common.make_envs(3, env_id="Counting-v0", seed=11)
-    returns, frames = common.evaluate(envs, ones, 8)
+    returns, frames = evaluate(envs, 8)
     expected = returns_of(0, 3) + returns_of(1, 3) + returns_of(2, 2)
     np.testing.assert_allclose(sorted(returns), sorted(expected))
     assert frames == []
@@ -804,13 +820,16 @@ def test_evaluation_plays_whole_episodes_and_equally_many_in_each_environment():
     envs.close()
 
 
-def test_evaluation_begins_with_new_episodes_each_time():
+@pytest.mark.parametrize("episodes", [2, 5])
+def test_every_evaluation_plays_the_same_episodes(episodes):
     envs = common.make_envs(2, env_id="Counting-v0", seed=11)
-    common.evaluate(envs, ones, 2)
-    begun = [env.get_wrapper_attr("key")[2] for env in envs.envs]
-    returns, _ = common.evaluate(envs, ones, 2)
-    expected = [returns_of(i, k + 1)[-1] for i, k in enumerate(begun)]
-    np.testing.assert_allclose(sorted(returns), sorted(expected))
+    first, _ = evaluate(envs, episodes)
+    evaluate(envs, 3)
+    play(envs, 4)  # breaks an episode off
+    again, _ = evaluate(envs, episodes)
+    assert again.tolist() == first.tolist()
+    expected = returns_of(0, -(-episodes // 2)) + returns_of(1, episodes // 2)
+    np.testing.assert_allclose(sorted(first), sorted(expected))
     envs.close()
 
 
@@ -821,10 +840,12 @@ def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
     def act(row, state):
         rows.append(row)
         states.append(state)
-        return ones(row, None)[0], len(states)
+        return ones(row, None)[0], {"calls": len(states)}
 
-    common.evaluate(envs, act, 6)
-    assert states == [None, *range(1, len(states))]
+    start = {"calls": 0}
+    common.evaluate(envs, act, start, 6)
+    assert states[0] is start
+    assert [state["calls"] for state in states] == list(range(len(states)))
     for row in rows:
         np.testing.assert_array_equal(row["vector"][:, 0] == 0, row["is_first"] == 1)
         np.testing.assert_array_equal(row["action"][:, 1], 1 - row["is_first"])
@@ -833,7 +854,7 @@ def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
 
 def test_the_film_of_an_evaluation_shows_the_first_environment_until_an_episode_ends():
     envs = common.make_envs(2, env_id="Counting-v0", seed=11, render=True)
-    _, frames = common.evaluate(envs, ones, 4, film=True)
+    _, frames = evaluate(envs, 4, film=True)
     shortest = min(
         int(np.random.default_rng(s).integers(3, 10))
         for s in [int(np.random.SeedSequence([11, i, 0]).generate_state(1)[0]) >> 1 for i in (0, 1)]

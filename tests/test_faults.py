@@ -1,5 +1,6 @@
 """What survives what: stops, kills, damaged and foreign files, failing environments."""
 
+import errno
 import importlib
 import json
 import os
@@ -12,7 +13,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,11 +83,11 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
         else:
             update, calls = module.update, []
 
-            def stop_in_the_middle(*args):
+            def stop_in_the_middle(*args, **kwargs):
                 calls.append(1)  # noqa: B023
                 if len(calls) == stop_at:  # noqa: B023
                     os.kill(os.getpid(), signal.SIGTERM)
-                return update(*args)  # noqa: B023
+                return update(*args, **kwargs)  # noqa: B023
 
             # The update after which frame 300 is still the last one.
             frames_of = {row["updates"]: row["frames"] for row in folders[0] if "losses/kl" in row}
@@ -159,9 +159,9 @@ def test_however_often_a_run_is_stopped_its_log_has_each_row_once(script, tmp_pa
     update, evaluate, calls = module.update, common.evaluate, []
     flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --log-every 50 --eval-every 100"
 
-    def stopping(*args):
+    def stopping(*args, **kwargs):
         calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) % 3 == 2 else None)
-        return update(*args)
+        return update(*args, **kwargs)
 
     def failing(*args):
         monkeypatch.setattr(common, "evaluate", evaluate)
@@ -196,9 +196,9 @@ def test_a_run_remembers_how_far_it_was_told_to_go(script, tmp_path, monkeypatch
     module = importlib.import_module(Path(script).stem)
     update, calls = module.update, []
 
-    def stopping(*args):
+    def stopping(*args, **kwargs):
         calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 1 else None)
-        return update(*args)
+        return update(*args, **kwargs)
 
     monkeypatch.chdir(tmp_path)
     play(script, f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 210")
@@ -217,14 +217,14 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, tmp_path, monke
     module = importlib.import_module(Path(script).stem)
     update, calls = module.update, []
 
-    def stop_at_once(*args):
+    def stop_at_once(*args, **kwargs):
         calls.append(1)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
             calls.append("the first one lets the update go on")
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the update went on")
-        return update(*args)
+        return update(*args, **kwargs)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "update", stop_at_once)
@@ -348,18 +348,23 @@ def test_a_full_disk_stops_a_run_in_one_line_and_leaves_the_last_checkpoint(
 ):
     monkeypatch.chdir(tmp_path)
     flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --checkpoint-every 100"
-    usage, calls = shutil.disk_usage, []
+    write_bytes, calls = Path.write_bytes, []
 
-    def full(path):  # at the third checkpoint, that is after the check at the start
-        calls.append(path)
-        return SimpleNamespace(free=1000) if len(calls) > 3 else usage(path)
+    def full(path, data):  # half of the third checkpoint has room
+        calls.append(path.name)
+        if len(calls) == 3:
+            write_bytes(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_bytes(path, data)
 
-    monkeypatch.setattr(common.shutil, "disk_usage", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     play(script, f"{flags} --total-frames 400", 1)
+    assert calls == ["checkpoint.new.pt"] * 3
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert line == "error: [Errno 28] No space left on device"
     [folder] = Path("runs").iterdir()
-    assert str(folder) in capsys.readouterr().err.split("error: no space left in ")[1]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0] == 200
-    monkeypatch.setattr(common.shutil, "disk_usage", usage)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     play(script, f"--resume {folder}")
     assert metrics(folder)[-1]["frames"] == 400
 

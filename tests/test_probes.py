@@ -5,6 +5,7 @@ V(row) = r + g V(next row), where nothing follows a terminal row.
 """
 
 import importlib
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,17 +59,21 @@ def train(command, env_id, updates, folder, seed=1):
     args.actor_dist = ("tanh_normal" if v1 else "trunc_normal") if continuous else "onehot"
     if args.actor_grad == "auto":
         args.actor_grad = "dynamics" if continuous else "reinforce"
-    common.setup(seed, cuda=False, deterministic=False, threads=1)
+    device = common.setup(seed, cuda=False, deterministic=False, threads=1)
     envs = common.make_envs(args.num_envs, env_id=env_id, seed=seed, grayscale=args.grayscale)
     shapes = envs.shapes
     agent = dreamer.make_agent({k: shape for k, (shape, _) in shapes.items()}, args)
     optimizers = dreamer.make_optimizers(agent, args)
-    replay = common.Replay(folder, 101 + updates, shapes, args.num_envs, seed)
+    replay = common.Replay(folder, 101 + updates, shapes, args.num_envs, seed, device)
+    act = common.Captured(partial(dreamer.policy, agent), device, args.graph)
+    answer = common.Captured(partial(dreamer.policy, agent, sample=False), device, args.graph)
+    start = agent["world_model"].rssm.initial(args.num_envs)
 
-    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), None
+    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), start
     replay.add(row)
     for i in range(-100, updates):
-        action, state = dreamer.policy(agent, row, state)
+        action, state = act(row, state)
+        action = action.numpy()
         if i < 0:
             action = common.random_actions(envs, replay.rng)
         elif v1:
@@ -77,12 +82,15 @@ def train(command, env_id, updates, folder, seed=1):
         replay.add(row)
         if i >= 0:
             batch = replay.sample(args.batch_size, args.batch_length)
-            dreamer.update(agent, optimizers, batch, *(() if v1 else (i,)), args)
+            dreamer.update(agent, optimizers, batch, args)
+            if not v1 and i % args.slow_update == 0:
+                agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
 
     rows, world_model = [], agent["world_model"]
-    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), None
+    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), start
     for _ in range(4 * probe_envs.CONTINUING):
-        action, state = dreamer.policy(agent, row, state, sample=False)
+        action, state = answer(row, state)
+        action = action.numpy()
         with torch.no_grad():
             feat = world_model.rssm.feat(state)
             row["value"] = agent["critic"](feat).numpy()

@@ -20,9 +20,10 @@ SHAPES = {
     "vector": ((2,), np.float32),  # number of the row and of the environment
     "action": ((3,), np.float32),
     "reward": ((), np.float32),
-    "is_first": ((), np.float32),
+    "is_first": ((), bool),
     "is_terminal": ((), np.float32),
 }
+CPU = torch.device("cpu")
 FILES = {"lock", *(f"{name}.npy" for name in (*SHAPES, "written"))}
 
 
@@ -41,7 +42,7 @@ def make_row(number, num_envs=3, first=()):
 def made(folder, *args):
     """A new replay."""
     folder.mkdir(exist_ok=True)
-    return common.Replay(folder, *args)
+    return common.Replay(folder, *args, CPU)
 
 
 def filled(folder, capacity, rows, num_envs=3, seed=0, first=dict):
@@ -74,7 +75,20 @@ def test_a_batch_is_time_first_and_a_scalar_has_no_last_dimension(tmp_path):
         "vector": (7, 6, 2), "action": (7, 6, 3), "reward": (7, 6), "is_first": (7, 6),
         "is_terminal": (7, 6),
     }  # fmt: skip
-    assert {v.dtype for v in batch.values()} == {torch.float32}
+    dtypes = {k: v.dtype for k, v in batch.items()}
+    assert dtypes == dict.fromkeys(shapes, torch.float32) | {"is_first": torch.bool}
+
+
+def test_resets_come_back_as_they_were_added(tmp_path):
+    replay = filled(tmp_path, 40, 60, first=ends)
+    batch = replay.sample(400, 7)
+    number, env = batch["vector"].int().movedim(-1, 0).tolist()
+    resets = {(row, i) for row, envs in ends().items() for i in envs}
+    expected = [
+        [pair in resets for pair in zip(*x, strict=True)] for x in zip(number, env, strict=True)
+    ]
+    assert batch["is_first"].any()
+    assert batch["is_first"].tolist() == expected
 
 
 @pytest.mark.parametrize("rows", [11, 39, 40, 41, 57, 80, 133])
@@ -202,7 +216,7 @@ def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
 def test_files_of_another_shape_are_a_user_error(tmp_path):
     filled(tmp_path, 10, 5).state_dict()
     with pytest.raises(common.UserError, match=r"vector\.npy holds no \(10, 4, 2\) float32"):
-        common.Replay(tmp_path, 10, SHAPES, 4, 0)
+        common.Replay(tmp_path, 10, SHAPES, 4, 0, CPU)
 
 
 def anonymous_memory():
@@ -232,7 +246,7 @@ def test_drawing_takes_no_memory_that_the_system_cannot_take_back(tmp_path):
 # Resume
 def resume(folder, capacity, state):
     """The replay of a process that goes on after a checkpoint."""
-    replay = common.Replay(folder, capacity, SHAPES, 3, 12)
+    replay = common.Replay(folder, capacity, SHAPES, 3, 12, CPU)
     replay.load_state_dict(state)
     return replay
 
@@ -590,7 +604,7 @@ def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name)
 
 def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
     with pytest.raises(common.UserError, match="elsewhere, or it is missing: FileNotFoundError"):
-        common.Replay(tmp_path / "elsewhere", 10, SHAPES, 3, 0)
+        common.Replay(tmp_path / "elsewhere", 10, SHAPES, 3, 0, CPU)
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,10 @@ import torch
 import yaml
 from PIL import Image
 from processes import start
+from torch import nn
 
 import common
+from common import Replay
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
@@ -225,10 +228,20 @@ SCHEDULES = {  # flags, random actions, updates after an agent step (of 2 frames
 }
 
 
+def in_this_process(monkeypatch):
+    """With --async-envs too, the environments are in this process, though in a thread."""
+    make_envs = common.make_envs
+    monkeypatch.setattr(common, "make_envs", lambda n, _=False, **kw: make_envs(n, **kw))
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["", "async-envs"])
 def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
-    script, tmp_path, monkeypatch
+    script, tmp_path, monkeypatch, late
 ):
+    """With --async-envs, the updates of a step are made while the environments take the next."""
     flags, prefill, updates = SCHEDULES[script]
+    in_this_process(monkeypatch)
+    flags += " --async-envs" * late
     played, random_actions = [], common.random_actions
     monkeypatch.setattr(
         common, "random_actions", lambda *args: played.append(1) or random_actions(*args)
@@ -238,7 +251,51 @@ def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
     rows = play_here(script, f"{flags} --log-every 1")
     assert len(played) == 1 + prefill  # the first step is the reset, which ignores it
     learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
-    assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
+    assert learnt == {2 * step: updates(step - late) for step in range(prefill + late, 96)}
+
+
+@pytest.mark.parametrize("flag", ["", "--async-envs"])
+def test_async_environments_take_a_step_while_the_agent_learns(script, tmp_path, monkeypatch, flag):
+    module = importlib.import_module(Path(script).stem)
+    policy, update, step_rows, add = module.policy, module.update, common.step_rows, Replay.add
+    events, threads, learnt = [], {3: set(), 2: set()}, threading.Event()
+
+    def spy_policy(agent, row, *args, **kwargs):
+        events.append("act" if len(row["reward"]) == 3 else "evaluate")
+        return policy(agent, row, *args, **kwargs)
+
+    def spy_update(*args, **kwargs):
+        events.append("learn")
+        learnt.set()
+        return update(*args, **kwargs)
+
+    def spy_step_rows(envs, action, done):
+        threads[len(action)].add(threading.current_thread() is threading.main_thread())
+        if "act" in events:
+            assert learnt.wait(60)  # the first updates are made before this step ends
+        return step_rows(envs, action, done)
+
+    def spy_add(replay, row):
+        events.append("row")
+        add(replay, row)
+
+    in_this_process(monkeypatch)
+    monkeypatch.setattr(module, "policy", spy_policy)
+    monkeypatch.setattr(module, "update", spy_update)
+    monkeypatch.setattr(common, "step_rows", spy_step_rows)
+    monkeypatch.setattr(Replay, "add", spy_add)
+    monkeypatch.chdir(tmp_path)
+    flags = f"--env-id Pendulum-v1 {SMALL[script]} --num-envs 3 --eval-every 0 {flag}"
+    play_here(script, f"{flags} --total-frames 420")
+    asynchronous = bool(flag)
+    assert threads == {3: {not asynchronous}, 2: {True}}
+    first = events.index("act") if asynchronous else events.index("learn")
+    turns = "".join(
+        {"act": "a", "learn": "l", "row": "r", "evaluate": ""}[e] for e in events[first:]
+    )
+    assert re.fullmatch("(al*r)+" if asynchronous else "(l*ar)+l*", turns)
+    assert turns.count("l") > 10
+    assert re.search("rar|rr", turns)  # no update is due after most steps
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
@@ -251,7 +308,7 @@ def test_dreamerv1_adds_noise_to_actions_in_training_and_nothing_does_in_evaluat
 
     def spy_policy(*args, **kwargs):
         action, state = policy(*args, **kwargs)
-        chosen[len(action)].append(action)
+        chosen[len(action)].append(action.numpy())
         return action, state
 
     def spy_step_rows(envs, action, done):
@@ -322,13 +379,37 @@ def test_a_run_learns_on_every_kind_of_environment(script, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_metrics_of_one(script, tmp_path):
-    runs = []
-    for name, flag in (("one", ""), ("several", "--async-envs")):
+def test_several_processes_give_the_metrics_of_one(script, tmp_path, monkeypatch):
+    flags = f"--env-id CartPole-v1 --num-envs 3 --async-envs {SMALL[script]}"
+    for name in ("one", "several"):
         (tmp_path / name).mkdir()
-        flags = f"--env-id CartPole-v1 --num-envs 3 {SMALL[script]} {flag}"
-        runs.append(without_clock(play(script, flags, tmp_path / name).rows))
-    assert runs[0] == runs[1]
+    several = play(script, flags, tmp_path / "several").rows
+    in_this_process(monkeypatch)
+    monkeypatch.chdir(tmp_path / "one")
+    assert without_clock(several) == without_clock(play_here(script, flags))
+
+
+def test_dreamerv2_copies_the_critic_at_update_0_and_every_slow_update_only(tmp_path, monkeypatch):
+    module, seen = importlib.import_module("dreamerv2"), []
+    update = module.update
+
+    def spy(agent, *args, **kwargs):
+        """Sees the critics as the last update, and what followed it, have left them."""
+        seen.append([nn.utils.parameters_to_vector(agent[k].parameters()) for k in critics])
+        return update(agent, *args, **kwargs)
+
+    critics = "critic", "slow_critic"
+    monkeypatch.setattr(module, "update", spy)
+    monkeypatch.chdir(tmp_path)
+    flags = f"--env-id CartPole-v1 {SMALL['dreamerv2.py']} --pretrain 7 --slow-update 3"
+    play_here("dreamerv2.py", f"{flags} --critic-lr 0.01")
+    copied = []
+    for (old, old_slow), (critic, slow) in pairwise(seen):
+        assert not critic.equal(old)
+        copied.append(slow.equal(critic))
+        assert copied[-1] or slow.equal(old_slow)
+    assert len(copied) == 12
+    assert [i for i, was in enumerate(copied) if was] == [0, 3, 6, 9]
 
 
 # Videos
@@ -455,7 +536,7 @@ def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_
 
 
 def test_a_signal_in_an_evaluation_ends_a_run_with_a_checkpoint(script, tmp_path, monkeypatch):
-    def interrupted(envs, act, episodes, film=False):
+    def interrupted(envs, act, state, episodes, film=False):
         os.kill(os.getpid(), signal.SIGTERM)
         return np.zeros(episodes), []
 
@@ -471,9 +552,9 @@ def test_a_training_that_a_signal_broke_off_is_made_up_for(script, tmp_path, mon
     module = importlib.import_module(Path(script).stem)
     update, calls = module.update, []
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 2 else None)
-        return update(*args)
+        return update(*args, **kwargs)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "update", interrupted)
@@ -526,13 +607,13 @@ BAD_IN_COMMON = {  # what common.py refuses, run by one script
     "--env-id Nothing/Like-this-v0": "no Nothing/Like-this-v0",
     "--env-id no_module:Thing-v0": "no_module",
     "--env-id dm_control/walker-wlk-v0": "dm_control/walker-wlk-v0.*walker-walk",
-    "--env-id odd_envs:MultiDiscrete-v0": "MultiDiscrete.*only Discrete and Box",
-    "--env-id odd_envs:Tuple-v0": "Tuple.*only Box",
+    "--env-id odd_envs:MultiDiscrete-v0": "Discrete fit, not .*MultiDiscrete",
+    "--env-id odd_envs:Tuple-v0": "only Box, Dict of Box, .* not Tuple",
     "--env-id PongNoFrameskip-v4 --observation vector": "vector",
-    "--env-id CartPole-v1 --track": "--track.*pip install wandb",
-    "--resume nowhere": "nowhere is no run folder",
-    "--evaluate nowhere": "nowhere is no run folder",
-    "--resume empty": "empty is no run folder",
+    "--env-id CartPole-v1 --track": "--track needs pip install wandb",
+    "--resume nowhere": "nowhere is no run folder of this script",
+    "--evaluate nowhere": "nowhere is no run folder of this script",
+    "--resume empty": "empty is no run folder of this script",
 }
 BAD = {
     "--env-id CartPole-v1 --batch-length 201": "batch-length 201.*prefill",
@@ -553,10 +634,10 @@ BAD = {
     "--env-id CartPole-v1 --seed -1": "--seed is -1",
     "--env-id CartPole-v1 --pixels --replay-size 2000000000 --total-frames 2000000000":
         "GiB.*replay-size",
-    "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for discrete",
-    "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for continuous",
-    "--resume foreign": "foreign is a run of another script",
-    "--evaluate foreign": "foreign is a run of another script",
+    "--env-id CartPole-v1 --actor-dist tanh_normal": "tanh_normal is not for CartPole-v1's",
+    "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for Pendulum-v1's",
+    "--resume foreign": "foreign is no run folder of this script",
+    "--evaluate foreign": "foreign is no run folder of this script",
     "--resume begun": "begun/replay, or it is missing",
     "--evaluate begun": "no checkpoint can be read in begun",
     "--resume begun --deter 32": "--deter cannot change",
@@ -570,7 +651,11 @@ BAD_OF_ITS_OWN = {
         "--env-id CartPole-v1 --expl-decay 0": "--expl-decay is 0",
         "--env-id Pendulum-v1 --expl-noise -0.3": "--expl-noise is -0.3",
     },
-    "dreamerv2.py": {"--env-id CartPole-v1 --slow-update 0": "--slow-update is 0"} | BAD_IN_COMMON,
+    "dreamerv2.py": BAD_IN_COMMON
+    | {
+        "--env-id CartPole-v1 --slow-update 0": "--slow-update is 0",
+        "--env-id CartPole-v1 --classes 0": "--classes is 0",
+    },
 }
 
 
