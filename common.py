@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import importlib
 import io
 import json
 import os
@@ -92,6 +93,8 @@ def parse_args(cls, presets, argv=None):
 
 def new_run(args, size):
     """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if `size` GiB are not free."""
+    with explain("--track needs pip install wandb", ImportError):
+        importlib.import_module("wandb") if args["track"] else None
     if size > (free := shutil.disk_usage(".").free / 2**30):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
@@ -380,17 +383,16 @@ class Captured:
             return self.function(*inputs)
         if self.calls == 0:  # the graph reads these, wherever later ones lie
             self.inputs = [{k: v.clone() for k, v in x.items()} for x in inputs]
+            self.side = torch.cuda.Stream()  # a capture needs another stream than the usual one
         for mine, given in zip(self.inputs, inputs, strict=True):
-            for key, value in mine.items():
-                value.copy_(given[key])
+            torch._foreach_copy_([*mine.values()], [given[k] for k in mine])
         self.calls += 1
-        if self.calls <= 4:  # three calls warm up, in another stream as a capture needs it
-            side = torch.cuda.Stream()
-            record = torch.cuda.graph(self.graph, stream=side)
-            side.wait_stream(torch.cuda.current_stream())
-            with record if self.calls == 4 else torch.cuda.stream(side):
+        if self.calls <= 4:  # three to warm up
+            self.side.wait_stream(torch.cuda.current_stream())
+            record = torch.cuda.graph(self.graph, stream=self.side)
+            with record if self.calls == 4 else torch.cuda.stream(self.side):
                 self.outputs = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
         if self.calls >= 4:
             self.graph.replay()
         return self.outputs
@@ -416,7 +418,8 @@ class FiniteGuard:
 def save_checkpoint(run, parts, more):
     """Writes torch's, the parts' and `more` state; the last file becomes checkpoint.old.pt."""
     path, new, data = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt", io.BytesIO()
-    rng = {"rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}  # CPU and GPUs
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    rng = {"rng": [torch.get_rng_state(), *gpus]}
     torch.save({k: part.state_dict() for k, part in parts.items()} | rng | more, data)
     new.write_bytes(data.getbuffer())
     with open(new, "rb") as file:
@@ -473,8 +476,7 @@ class Logger:
     def __init__(self, run, args, frames=0, seconds=0.0, size=0):
         if args["track"]:
             project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
-            with explain("--track needs pip install wandb", ImportError):
-                import wandb
+            wandb = importlib.import_module("wandb")
             wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
         (new := run / "args.new.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
         new.replace(run / "args.yaml")
@@ -490,10 +492,8 @@ class Logger:
         """Writes a row; metrics: dict of tag -> number; losses get the speed of the whole run."""
         seconds = time.time() - self.began
         if "losses/model" in metrics:
-            metrics |= {
-                "charts/SPS": frames / seconds,
-                "time/updates_per_second": updates / seconds,
-            }
+            metrics["charts/SPS"] = frames / seconds
+            metrics["time/updates_per_second"] = updates / seconds
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, frames)
         row = {"frames": frames, "updates": updates, "seconds": round(seconds, 3)}

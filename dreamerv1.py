@@ -21,10 +21,10 @@ A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector; (T, B) sca
 """
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -351,9 +351,7 @@ class RSSM(nn.Module):
 
     def obs_step(self, prev, action, embed, is_first):
         """Posterior state q(z_t | h_t, x_t), eyes open."""
-        keep = is_first.logical_not()[
-            :, None
-        ]  # (B, 1), a new episode forgets the last state and action
+        keep = is_first.logical_not()[:, None]  # (B, 1), a new episode forgets state and action
         prev = {k: prev[k] * keep for k in ("deter", "stoch")}
         deter = self.gru_step(prev, action * keep)
         return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
@@ -590,7 +588,7 @@ def main(args):
     guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
     act, learn = record(partial(policy, agent)), record(partial(update, agent, parts, args=args))
     row, state, done = None, rssm.initial(args.num_envs), np.ones(args.num_envs, bool)
-    pool, pending = ThreadPoolExecutor(1), None  # a step that has been sent to the environments
+    pool, pending = ThreadPool(1), None  # a step that has been sent to the environments
 
     def save():
         log = (time.time() - logger.began, logger.file.tell())
@@ -602,7 +600,8 @@ def main(args):
             # A turn of the loop is an update, as long as one is due, or else half a step.
             due = args.pretrain + args.train_steps * ((frames - args.prefill) // args.train_every)
             learns = frames >= args.prefill and len(replay) >= args.batch_length
-            if learns and updates < due and (pending or not args.async_envs) and not interrupt.code:
+            now = pending or not args.async_envs or step >= steps  # learns while others act
+            if learns and updates < due and now and not interrupt.code:
                 batch = replay.sample(args.batch_size, args.batch_length)
                 metrics = learn(batch)
                 guard.watch(updates, metrics)
@@ -645,12 +644,12 @@ def main(args):
                 action = action.cpu().numpy()
                 action = explore(action, updates, args, replay.rng)
             pending = partial(common.step_rows, envs, action, done)
-            pending = pool.submit(pending).result if args.async_envs else pending
+            pending = pool.apply_async(pending).get if args.async_envs else pending
 
     save()
     if interrupt.code:
         print(f"go on with: python {__file__} --resume {run} --env-id {args.env_id}")
-    for closing in (logger.bar, logger.file, logger.writer, eval_envs):
+    for closing in (logger.bar, logger.file, logger.writer, eval_envs, pool):
         closing.close()
     envs.close(terminate=True)  # asks nothing of a process that may be dead
     raise SystemExit(interrupt.code)

@@ -203,8 +203,10 @@ def losses(functions):
     import torch
 
     torch.manual_seed(1)
-    rows = [functions["update"]() for _ in range(50)]
-    rows = [{k: v.item() for k, v in row.items() if k.startswith("losses/")} for row in rows]
+    rows = []
+    for _ in range(50):  # a graph overwrites its outputs, so that each is read at once
+        metrics = functions["update"]()
+        rows.append({k: v.item() for k, v in metrics.items() if k.startswith("losses/")})
     return {k: [row[k] for row in rows] for k in rows[0]}
 
 
@@ -298,7 +300,7 @@ def measure(name, args, **options):
     if args.gpu:
         report["losses"] = mine.ask("losses")["losses"]  # first, from the same weights
     for worker in workers.values():  # to touch the memory, warm the caches and capture graphs
-        worker.run("update", max(5, args.warm_up * work["updates"]), keep=False)
+        worker.run("update", max(5 * args.gpu, args.warm_up * work["updates"]), keep=False)
         worker.run("policy", 20, keep=False)
     for _ in range(args.repeats):
         for worker in workers.values():
@@ -307,8 +309,9 @@ def measure(name, args, **options):
     for what in args.parts:
         if what == "environment" and "env" not in work:
             continue
-        mine.run(what, 6, keep=False)
-        mine.run(what, 100 if what in ("environment", "sample") or "policy" in what else 10)
+        quick = what in ("environment", "sample") or "policy" in what
+        mine.run(what, 5, keep=False) if quick or args.gpu else None
+        mine.run(what, 100 if quick else 10 if args.gpu else 3)
     report["limit"] = mine.ask("limit")["limit"]
     for key, worker in workers.items():
         report[key] = {"ms": worker.medians(), "peak MiB": round(worker.peak)}

@@ -238,7 +238,7 @@ def in_this_process(monkeypatch):
 def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
     script, tmp_path, monkeypatch, late
 ):
-    """With --async-envs, the updates of a step are made while the environments take the next."""
+    """With --async-envs, updates are made while the environments take the next step, if any."""
     flags, prefill, updates = SCHEDULES[script]
     in_this_process(monkeypatch)
     flags += " --async-envs" * late
@@ -251,7 +251,8 @@ def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
     rows = play_here(script, f"{flags} --log-every 1")
     assert len(played) == 1 + prefill  # the first step is the reset, which ignores it
     learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
-    assert learnt == {2 * step: updates(step - late) for step in range(prefill + late, 96)}
+    wanted = {2 * step: updates(step - late) for step in range(prefill + late, 95)}
+    assert learnt == wanted | {190: updates(95)}  # none is missing at the end
 
 
 @pytest.mark.parametrize("flag", ["", "--async-envs"])
@@ -293,7 +294,7 @@ def test_async_environments_take_a_step_while_the_agent_learns(script, tmp_path,
     turns = "".join(
         {"act": "a", "learn": "l", "row": "r", "evaluate": ""}[e] for e in events[first:]
     )
-    assert re.fullmatch("(al*r)+" if asynchronous else "(l*ar)+l*", turns)
+    assert re.fullmatch("(al*r)+l*" if asynchronous else "(l*ar)+l*", turns)
     assert turns.count("l") > 10
     assert re.search("rar|rr", turns)  # no update is due after most steps
 
