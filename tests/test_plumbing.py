@@ -478,6 +478,15 @@ def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(tmp_path
     assert common.new_run(asdict(Args()), 2.9).exists()
 
 
+def test_tracking_without_its_package_is_a_user_error_before_there_is_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(common.UserError, match=r"^--track needs pip install wandb: "):
+        common.new_run(asdict(Args(track=True)), 0.0)
+    assert not list(tmp_path.iterdir())
+    assert common.new_run(asdict(Args()), 0.0).exists()
+
+
 def refused(run, match):
     """Both ways to go on with the run are refused, in one line."""
     for flag in ("resume", "evaluate"):
@@ -892,13 +901,9 @@ def test_a_row_of_losses_has_the_speed_of_the_whole_run(run, monkeypatch, before
     assert speeds == [pytest.approx(pair) for pair in wanted]
 
 
-def test_tracking_logs_to_weights_and_biases_or_says_what_to_install(run, monkeypatch):
+def test_tracking_logs_to_weights_and_biases(run, monkeypatch):
     track = {"track": True, "wandb_project_name": "some", "wandb_entity": None}
     args, calls = asdict(Args(total_frames=40)) | track, []
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(common.UserError, match=r"^--track needs pip install wandb: "):
-        common.Logger(run, args)
-    assert not (run / "metrics.jsonl").exists()
     init = SimpleNamespace(init=lambda **options: calls.append(options))
     monkeypatch.setitem(sys.modules, "wandb", init)
     close(common.Logger(run, args))
