@@ -226,7 +226,9 @@ class Head(nn.Module):
         self.mlp, self.out = mlp(feat_size, layers, args), nn.Linear(args.units, 1)
 
     def forward(self, feat):
-        return self.out(self.mlp(feat)).squeeze(-1).float()
+        x = self.mlp(feat).float()
+        with torch.autocast(feat.device.type, enabled=False):  # bfloat16 has 95.0 and 95.5 only
+            return self.out(x).squeeze(-1)
 
     def loss(self, feat, target):
         """-log N(target; head, 1) without its constant: (...)."""
@@ -263,8 +265,7 @@ class TanhNormal(td.TransformedDistribution):
     """tanh of Gaussians, (..., A); its entropy and mode are found from 100 samples."""
 
     def __init__(self, mean, std):
-        # The cache keeps the samples of entropy and mode as they were before tanh.
-        tanh = td.TanhTransform(cache_size=1)
+        tanh = td.TanhTransform(cache_size=1)  # that keeps samples as they were before tanh
         super().__init__(td.Independent(td.Normal(mean, std), 1), tanh)
 
     def log_prob(self, x):  # of an action that may have been rounded to the bounds
