@@ -88,13 +88,13 @@ def parse_args(cls, presets, argv=None):
             raise UserError(f"{flag} is {value}, it must be from {least} to {most}")
         if run and value != default[name] and name not in (*CHANGEABLE, given.evaluate and "seed"):
             raise UserError(f"{flag} cannot change in a run that exists")
+    with explain("--track needs pip install wandb", ImportError):
+        importlib.import_module("wandb") if args.track else None
     return args
 
 
 def new_run(args, size):
     """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if `size` GiB are not free."""
-    with explain("--track needs pip install wandb", ImportError):
-        importlib.import_module("wandb") if args["track"] else None
     if size > (free := shutil.disk_usage(".").free / 2**30):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"

@@ -479,12 +479,13 @@ def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(tmp_path
 
 
 def test_tracking_without_its_package_is_a_user_error_before_there_is_a_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(common.UserError, match=r"^--track needs pip install wandb: "):
-        common.new_run(asdict(Args(track=True)), 0.0)
-    assert not list(tmp_path.iterdir())
-    assert common.new_run(asdict(Args()), 0.0).exists()
+    args = asdict(Args(env_id="CartPole-v1"))
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(args))
+    for line in ("--env-id CartPole-v1", f"--resume {tmp_path}"):
+        with pytest.raises(common.UserError, match=r"^--track needs pip install wandb: "):
+            parse(f"{line} --track")
+        assert not parse(line).track
 
 
 def refused(run, match):
