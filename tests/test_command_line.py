@@ -171,7 +171,7 @@ CHANGES = {  # of one argument in args.yaml
     "env_id": ({"env_id": "Nothing-v0"}, "no Nothing-v0: NameNotFound"),
     "actions": ({"actor_dist": "tanh_normal"}, "tanh_normal is not for CartPole-v1's actions"),
     "horizon": ({"imag_horizon": 1}, "--imag-horizon is 1, it must be from 2 to 2147483647"),
-    "track": ({"track": True}, "no checkpoint can be read in v./track|/replay, or it is missing"),
+    "track": ({"track": True}, "^--track needs pip install wandb: ModuleNotFoundError"),
     "begun": ({}, "no checkpoint can be read in v./begun|v./begun/replay, or it is missing"),
 }
 
