@@ -43,6 +43,8 @@ def flags_of(script):
 
 
 def flags_in(text):
+    """The flags of the scripts that a text names, not those of benchmarks/speed.py."""
+    text = re.sub(r"python benchmarks/speed\.py.*", "", text)
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--logdir"}
 
 
