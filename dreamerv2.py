@@ -473,7 +473,7 @@ class WorldModel(nn.Module):
         loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()
-        for name, state in (("post", post), ("prior", prior)):
+        for name, state in (("post", common.detach(post)), ("prior", common.detach(prior))):
             metrics[f"model/{name}_entropy"] = self.rssm.dist(state).entropy().sum(-1).mean()
         return loss, post, common.detach(metrics)
 

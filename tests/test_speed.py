@@ -347,7 +347,8 @@ def overlaps(steps, updates):
     return sum(any(a < d and c < b for c, d in steps) for a, b in updates)
 
 
-@pytest.mark.parametrize("script", ["v2", pytest.param("v1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["v1", "v2"])
 def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatch, tmp_path):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     flags = "--env-id CartPole-v1 --num-envs 2 --total-frames 90 --prefill 40 --batch-length 8"
