@@ -22,7 +22,7 @@ A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector; (T, B) sca
 
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -239,20 +239,19 @@ class OneHot:
     """One-hot categoricals (..., K) in float32; samples carry the straight-through gradient."""
 
     def __init__(self, logit):
-        self.logits = torch.log_softmax(logit.float(), -1)
-        self.probs = self.logits.exp()
+        self.logit = logit.float()
+
+    logits = cached_property(lambda self: torch.log_softmax(self.logit, -1))
+    probs = cached_property(lambda self: self.logits.exp())  # a sample without gradient needs none
+    mode = property(lambda self: self.best(self.logit))
 
     def best(self, score):
-        return torch.zeros_like(score).scatter_(-1, score.argmax(-1, keepdim=True), 1.0)
-
-    @property
-    def mode(self):
-        return self.best(self.probs)
+        return torch.zeros_like(score).scatter_(-1, score.max(-1, keepdim=True).indices, 1.0)
 
     def rsample(self):
-        # Of clocks that ring at rates p_k, number k is the first with probability p_k.
-        sample = self.best(self.probs / -torch.rand_like(self.probs).log())
-        return sample + (self.probs - self.probs.detach())
+        # Gumbel's trick: the best sum of logit and such noise is class k with probability p_k.
+        sample = self.best(self.logit - (-torch.rand_like(self.logit).log()).log())
+        return sample + (self.probs - self.probs.detach()) if self.logit.requires_grad else sample
 
     def log_prob(self, x):
         return (x * self.logits).sum(-1)
@@ -352,7 +351,7 @@ class RSSM(nn.Module):
 
     def obs_step(self, prev, action, embed, is_first):
         """Posterior state q(z_t | h_t, x_t), eyes open."""
-        keep = is_first.logical_not()[:, None]  # (B, 1), a new episode forgets state and action
+        keep = is_first.logical_not()[:, None].float()  # (B, 1), a new episode forgets both
         prev = {k: prev[k] * keep for k in ("deter", "stoch")}
         deter = self.gru_step(prev, action * keep)
         return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
@@ -371,13 +370,14 @@ class RSSM(nn.Module):
     def imagine(self, actor, start, horizon):
         """Follows the actor from start, a dict of (N, ...), through the prior.
 
-        -> states: dict of (I, N, ...) without the start, action: (I, N, A), which led to them
+        -> feat: (I, N, F) without the start's, action: (I, N, A), which led to it
         """
-        states, actions = [start], []
+        state, feats, actions = start, [self.feat(start)], []
         for _ in range(horizon):
-            actions.append(actor(self.feat(states[-1]).detach()).rsample())  # (N, A)
-            states.append(self.img_step(states[-1], actions[-1]))
-        return stack(states[1:]), torch.stack(actions)
+            actions.append(actor(feats[-1].detach()).rsample())  # (N, A)
+            state = self.img_step(state, actions[-1])
+            feats.append(self.feat(state))
+        return torch.stack(feats[1:]), torch.stack(actions)
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
@@ -452,8 +452,7 @@ def behavior_loss(world_model, actor, critic, post, is_terminal, args):
         post, is_terminal = {k: v[:-1] for k, v in post.items()}, is_terminal[:-1]
     start = {k: v.flatten(0, 1) for k, v in common.detach(post).items()}  # (N, ...)
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
-        states, action = world_model.rssm.imagine(actor, start, args.imag_horizon)
-        feat = world_model.rssm.feat(states)  # (I, N, F)
+        feat, action = world_model.rssm.imagine(actor, start, args.imag_horizon)  # (I, N, ...)
         reward, value = world_model.reward(feat), critic(feat)  # (I, N)
         disc = torch.full_like(reward, args.gamma)
         first = torch.ones_like(reward[:1])

@@ -306,9 +306,8 @@ def test_states_have_the_shapes_of_the_docstring():
     assert {k: v.shape for k, v in post.items()} == {k: (T, B, v) for k, v in sizes.items()}
     assert {k: v.shape for k, v in prior.items()} == {"mean": (T, B, S), "std": (T, B, S)}
     start = {k: v.flatten(0, 1) for k, v in post.items()}
-    states, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
-    shapes = {k: (HORIZON, N, v) for k, v in sizes.items()}
-    assert {k: v.shape for k, v in states.items()} == shapes
+    feat, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
+    assert feat.shape == (HORIZON, N, FEAT)
     assert action.shape == (HORIZON, N, A)
     feat = x.world_model.rssm.feat(post)
     assert torch.equal(feat, torch.cat([post["stoch"], post["deter"]], -1))
@@ -373,20 +372,21 @@ def test_imagined_states_follow_the_start_and_action_i_leads_to_state_i(monkeypa
 
     monkeypatch.setattr(rssm, "img_step", step)
     start = {"deter": torch.full((N, D), 5.0), "stoch": torch.zeros(N, S)}
-    states, action = rssm.imagine(actor, start, 4)
-    assert states["deter"][:, 0, 0].tolist() == [6, 7, 8, 9]
+    feat, action = rssm.imagine(actor, start, 4)
+    stoch, deter = feat.split([S, D], -1)
+    assert deter[:, 0, 0].tolist() == [6, 7, 8, 9]
     assert action[:, 0, 0].tolist() == [50, 60, 70, 80]
-    assert states["stoch"][:, 0, 0].tolist() == [50, 110, 180, 260]
+    assert stoch[:, 0, 0].tolist() == [50, 110, 180, 260]
 
 
 def test_imagined_actions_pull_on_the_actor_but_not_on_the_states_it_sees():
     x = make()
     start = {k: v.requires_grad_() for k, v in random_state(N).items()}
-    states, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
+    feat, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
     for leaves, reached in ((list(start.values()), False), (list(x.actor.parameters()), True)):
         grads = torch.autograd.grad(action[1].sum(), leaves, retain_graph=True, allow_unused=True)
         assert all((g is not None and g.any()) == reached for g in grads)
-    last = states["deter"][-1].sum()  # it follows from the actions and from the start
+    last = feat[-1, :, -D:].sum()  # it follows from the actions and from the start
     for leaf in (*x.actor.parameters(), *start.values()):
         assert torch.autograd.grad(last, leaf, retain_graph=True)[0].any()
 
@@ -542,7 +542,7 @@ def recorded(x, monkeypatch, discrete, steps):
 
     def imagine(actor, *args):
         calls.append((*args, torch.is_grad_enabled()))
-        return states, action
+        return x.world_model.rssm.feat(states), action
 
     monkeypatch.setattr(x.world_model.rssm, "imagine", imagine)
     return states, action, calls

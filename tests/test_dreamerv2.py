@@ -232,6 +232,7 @@ def test_a_one_hot_sample_takes_one_uniform_number_per_class(monkeypatch):
     sample, after = dist.rsample(), torch.get_rng_state()
     (uniform,) = drawn
     assert uniform.shape == (B, S, K)
+    assert "probs" not in vars(dist)  # which only a gradient needs
     # The first of exponential times with the probabilities as rates.
     first = (-uniform.log() / dist.probs).argmin(-1)
     assert torch.equal(sample, F.one_hot(first, K).float())
@@ -680,8 +681,7 @@ def test_is_first_in_the_middle_of_a_window_equals_two_windows(dtype):
                 for key in theirs:
                     close(ours[key][part, b : b + 1], theirs[key], atol=1e-5)
             again, _ = x.world_model.rssm.imagine(x.actor, end, HORIZON)
-            for key in dreamed:
-                close(again[key], dreamed[key], atol=1e-4)
+            close(again, dreamed, atol=1e-4)
 
 
 def test_observing_and_losses_leave_their_inputs_unchanged():
@@ -755,34 +755,33 @@ def test_states_have_the_shapes_of_the_docstring():
     assert {k: v.shape for k, v in prior.items()} == {"logit": (T, B, S, K)}
     assert (post["stoch"].unflatten(-1, (S, K)).sum(-1) == 1).all()
     start = {k: v.flatten(0, 1) for k, v in post.items()}
-    states, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
-    assert {k: v.shape for k, v in states.items()} == {
-        "deter": (STATES, N, D), "stoch": (STATES, N, S * K), "logit": (STATES, N, S, K)
-    }  # fmt: skip
+    feat, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
+    assert feat.shape == (STATES, N, FEAT)
+    assert (feat[..., : S * K].unflatten(-1, (S, K)).sum(-1) == 1).all()
     assert action.shape == (STATES, N, A)
     assert not action[0].any()
     assert (action[1:].sum(-1) == 1).all()
-    for key, value in start.items():
-        assert torch.equal(states[key][0], value)
+    assert torch.equal(feat[0], x.world_model.rssm.feat(start))
 
 
 def test_imagined_state_i_follows_from_state_before_it_and_action_i():
     x = make(discrete=False)
     rssm = x.world_model.rssm
-    states, action = rssm.imagine(x.actor, random_state(rssm, N), HORIZON)
+    feat, action = rssm.imagine(x.actor, random_state(rssm, N), HORIZON)
+    stoch, deter = feat.split([S * K, D], -1)
     for i in range(1, STATES):
-        prev = {k: states[k][i - 1] for k in ("deter", "stoch")}
-        close(rssm.gru_step(prev, action[i]), states["deter"][i])
+        prev = {"deter": deter[i - 1], "stoch": stoch[i - 1]}
+        close(rssm.gru_step(prev, action[i]), deter[i])
 
 
 def test_imagined_actions_pull_on_the_actor_but_not_on_the_states_it_sees():
     x = make(discrete=False)
     start = {k: v.requires_grad_() for k, v in random_state(x.world_model.rssm, N).items()}
-    states, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
+    feat, action = x.world_model.rssm.imagine(x.actor, start, HORIZON)
     for leaves, reached in ((list(start.values()), False), (list(x.actor.parameters()), True)):
         grads = torch.autograd.grad(action[1].sum(), leaves, retain_graph=True, allow_unused=True)
         assert all((g is not None and g.any()) == reached for g in grads)
-    last = states["deter"][-1].sum()  # it follows from the actions and from the start
+    last = feat[-1, :, -D:].sum()  # it follows from the actions and from the start
     for leaf in (*x.actor.parameters(), *start.values()):
         assert torch.autograd.grad(last, leaf, retain_graph=True)[0].any()
 
@@ -911,7 +910,7 @@ def test_replay_tells_the_discount_of_the_start_and_the_head_that_of_the_rest(mo
         x.world_model.rssm, "imagine", lambda *a: seen.append(imagine(*a)) or seen[-1]
     )
     behave(x, batch)
-    (reward, value, disc, bootstrap, lambda_), feat = calls[0], x.world_model.rssm.feat(seen[0][0])
+    (reward, value, disc, bootstrap, lambda_), feat = calls[0], seen[0][0]
     assert reward.shape == value.shape == disc.shape == (STATES - 1, N)
     close(disc[0], 0.9 * (1 - batch["is_terminal"].flatten()))
     close(disc[1:], x.world_model.discount(feat)[1:-1].sigmoid())
@@ -934,7 +933,8 @@ def recorded(x, monkeypatch, discrete=True):
         action = F.one_hot(torch.randint(A, (STATES, N)), A).float()
     for leaf in (*states.values(), action):
         leaf.requires_grad_()
-    monkeypatch.setattr(x.world_model.rssm, "imagine", lambda *a: (states, action))
+    rssm = x.world_model.rssm
+    monkeypatch.setattr(rssm, "imagine", lambda *a: (rssm.feat(states), action))
     return states, action
 
 
