@@ -1,0 +1,155 @@
+"""Curves (CSV) and their cards (YAML): how runs become records, and what a curve is judged by.
+
+A curve has a row per training episode and per evaluation. A card has the command, every
+hyperparameter, and for each seed its commit, device, versions and hours. Both of a task lie in
+one folder under the name of the task; a seed that is recorded again replaces its earlier rows.
+"""
+
+import csv
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CURVES = ROOT / "benchmarks" / "curves"
+COLUMNS = "script commit env_id seed env_frames updates episode_return kind wall_hours".split()
+PACKAGES = "torch numpy gymnasium dm_control mujoco ale-py".split()
+BLAS = "OMP_NUM_THREADS"
+
+
+def tasks():
+    """The tasks of tasks.yaml, by name, each with what is known of its environment."""
+    plan = yaml.safe_load((ROOT / "benchmarks" / "tasks.yaml").read_text())
+    for name, task in plan["tasks"].items():
+        words = task["command"].split()
+        task |= {"name": name, "script": words[0].removesuffix(".py")}
+        task["env_id"] = words[words.index("--env-id") + 1]
+        task = plan["tasks"][name] = plan["environments"].get(task["env_id"], {}) | task
+    return plan["tasks"]
+
+
+def read_curve(path):
+    """Rows of a CSV, by seed in rising order, each a dict with numbers as numbers."""
+    curves = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            row |= {k: int(row[k]) for k in ("seed", "env_frames", "updates")}
+            row |= {k: float(row[k]) for k in ("episode_return", "wall_hours")}
+            curves.setdefault(row["seed"], []).append(row)
+    return dict(sorted(curves.items()))
+
+
+def commit():
+    """The commit of the scripts, with a plus if they have been changed since."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "--", "dreamerv1.py", "dreamerv2.py", "common.py")
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(changed.strip())
+
+
+def device():
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    name = models[0].split(":")[1].strip() if models else platform.machine()
+    return f"{len(models)} cores of {name}"
+
+
+def command(args):
+    """The command line of a run: its id and what differs from the preset, without the seed."""
+    import sys
+
+    sys.path.insert(0, str(ROOT))
+    common, module = import_module("common"), import_module(args["exp_name"])
+    preset = module.PRESETS[common.preset_name(args["env_id"], args["observation"])]
+    default = asdict(module.Args()) | preset | {k: args[k] for k in ("env_id", "exp_name", "seed")}
+    words = [f"python {args['exp_name']}.py --env-id {args['env_id']}"]
+    for key, value in args.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool) and value != default[key]:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != default[key]:
+            words.append(f"--{flag} {value}")
+    return " ".join(words)
+
+
+def record(run, name, folder, commits):
+    """Adds a finished run folder to the curve and the card of a task -> path of the curve."""
+    folder, path = Path(folder), Path(folder) / f"{name}.csv"
+    args = yaml.safe_load((Path(run) / "args.yaml").read_text())
+    log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    seed, rows = args["seed"], []
+    for row in log:
+        for kind, tag in (("train", "charts"), ("eval", "eval")):
+            if (ret := row.get(f"{tag}/episodic_return")) is not None:
+                point = (row["frames"], row["updates"], round(ret, 3), kind)
+                point = (args["exp_name"], commits[-1], args["env_id"], seed, *point)
+                rows.append((*point, round(row["seconds"] / 3600, 4)))
+    curves = read_curve(path) if path.exists() else {}
+    curves[seed] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for key in sorted(curves):
+            writer.writerows(curves[key])
+
+    path = path.with_suffix(".yaml")
+    card = yaml.safe_load(path.read_text()) if path.exists() else {"runs": []}
+    runs = {run["seed"]: run for run in card["runs"]}
+    versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    runs[seed] = {
+        "seed": seed, "commit": ", ".join(dict.fromkeys(commits)), "device": device(),
+        "versions": versions, "wall_hours": round(log[-1]["seconds"] / 3600, 3),
+        "env_frames": log[-1]["frames"], "updates": log[-1]["updates"],
+        "final_eval_return": round(final(log), 1),
+    }  # fmt: skip
+    card = {
+        "command": f"{command(args)} --seed SEED",
+        "runs": [runs[key] for key in sorted(runs)],
+        "args": {k: v for k, v in args.items() if k != "seed"},
+    }
+    path.write_text(yaml.safe_dump(card, sort_keys=False, width=100))
+    return path.with_suffix(".csv")
+
+
+def final(log):
+    return [r["eval/episodic_return"] for r in log if "eval/episodic_return" in r][-1]
+
+
+def last_frame(rows):
+    return max(row["env_frames"] for row in rows)
+
+
+def tail(rows, frames):
+    """Mean of the evaluations in the last tenth of `frames`, or else of the training episodes."""
+    late = [row for row in rows if 0.9 * frames <= row["env_frames"] <= frames]
+    evals = [row["episode_return"] for row in late if row["kind"] == "eval"]
+    return float(np.mean(evals or [row["episode_return"] for row in late]))
+
+
+def area(rows, frames):
+    """Area under the curve of training episodes up to `frames`, divided by the frames.
+
+    An episode counts as many frames as went by since the one before it ended.
+    """
+    rows = [r for r in rows if r["kind"] == "train" and r["env_frames"] <= frames]
+    weights = np.diff([0, *(row["env_frames"] for row in rows)])
+    return float(np.average([row["episode_return"] for row in rows], weights=weights))
+
+
+def untrained(rows):
+    """Mean return of the episodes before the first update; nan if there was none."""
+    early = [r["episode_return"] for r in rows if r["kind"] == "train" and r["updates"] == 0]
+    return float(np.mean(early)) if early else float("nan")

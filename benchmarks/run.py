@@ -1,0 +1,199 @@
+"""Runs tasks x seeds, N at a time, each a process with a log of its own, and records their curves.
+
+    python benchmarks/run.py cpu --seeds 1 2 3 --jobs 2             # a group of benchmarks/tasks.yaml
+    python benchmarks/run.py dreamerv2-CartPole-v1 --seeds 4 5      # one task
+    python benchmarks/run.py --scripts dreamerv1 dreamerv2 --env-ids Acrobot-v1 -- --total-frames 9000
+    python benchmarks/run.py cpu --cluster slurm --cluster-options slurm_partition=cpu timeout_min=600
+
+What follows -- goes to every run. The same command again goes on where it stopped: finished runs
+are skipped, the others resume from their last checkpoint. An interrupt lets every run save itself.
+Curves go to OUT/curves, or with --pin to benchmarks/curves. Exit code 1 if a run failed.
+"""
+
+import argparse
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import records
+
+
+class Job:
+    """A task with a seed, in a folder of its own; called, it runs and returns the exit code."""
+
+    def __init__(self, name, flags, seed, args):
+        self.name, self.seed, self.curves = name, seed, args.curves
+        self.script, *flags = flags
+        self.flags = [*flags, "--seed", str(seed)]
+        self.folder = args.out / name / f"seed-{seed}"
+        # The scripts are told how many cores are theirs; presets of small networks take one.
+        self.environ = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+        if args.cluster:
+            self.environ = {}
+        self.process = None
+
+    def __str__(self):
+        return f"{self.name} seed {self.seed}"
+
+    def run_folder(self):
+        """The run folder to go on with, or None."""
+        folders = [path.parent for path in self.folder.glob("runs/*/checkpoint*.pt")]
+        return max(folders, default=None)
+
+    def command(self):
+        script, run = str(records.ROOT / self.script), self.run_folder()
+        flags = self.flags
+        if run:
+            at = flags.index("--env-id")
+            flags = ["--resume", str(run.relative_to(self.folder)), *flags[at : at + 2]]
+        return [sys.executable, script, *flags]
+
+    def finished(self):
+        return (self.folder / "finished").exists()
+
+    def __call__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "commits", "a") as file:
+            file.write(records.commit() + "\n")
+        with open(self.folder / "log.txt", "a") as log:
+            print("$", shlex.join(self.command()), file=log, flush=True)
+            environ = os.environ | self.environ
+            self.process = subprocess.Popen(
+                self.command(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=environ, start_new_session=True,
+            )  # fmt: skip
+            if code := self.process.wait():
+                return code
+        commits = (self.folder / "commits").read_text().split()
+        records.record(self.run_folder(), self.name, self.curves, commits)
+        (self.folder / "finished").touch()
+        return 0
+
+    def stop(self, *_):
+        """Asks the run to save itself and end."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+
+    def checkpoint(self):
+        """What submitit calls before a job is preempted or out of time, to queue it again."""
+        import submitit
+
+        self.stop()
+        self.process.wait()
+        self.process = None
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def plan(args):
+    """The jobs that the command line asks for."""
+    known = records.tasks()
+    groups = sorted({task["group"] for task in known.values()})
+    chosen = {}
+    for name in args.tasks:
+        found = {k: t for k, t in known.items() if name in (k, t["group"])}
+        if not found:
+            sys.exit(f"error: no task {name}, there are {', '.join([*groups, *known])}")
+        chosen |= {k: shlex.split(t["command"]) for k, t in found.items()}
+    for script, env_id in itertools.product(args.scripts, args.env_ids):
+        name = f"{script}-{env_id.replace('/', '-').replace(':', '-')}"
+        chosen[name] = [f"{script}.py", "--env-id", env_id]
+    if not chosen:
+        sys.exit(f"error: name a task, a group ({', '.join(groups)}) or --scripts and --env-ids")
+    # Seeds outside, so that every task has a first curve before any has a second.
+    return [Job(n, c + args.flags, s, args) for s in args.seeds for n, c in chosen.items()]
+
+
+def run_here(jobs, count):
+    """Runs the jobs in processes, `count` at a time -> their exit codes."""
+    stopping = threading.Event()
+
+    def run(job):
+        if stopping.is_set():
+            return "not started"
+        print(f"{job} begins, log {job.folder / 'log.txt'}", flush=True)
+        code = job()
+        print(f"{job} ended with exit code {code}", flush=True)
+        return code
+
+    def interrupt(*_):
+        stopping.set()
+        for job in jobs:
+            job.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(run, job) for job in jobs]
+        return [result(future.result) for future in futures]
+
+
+def run_on_cluster(jobs, args):
+    """Hands the jobs to submitit -> their exit codes."""
+    try:
+        import submitit
+    except ImportError:
+        sys.exit("error: --cluster needs pip install submitit")
+    executor = submitit.AutoExecutor(args.out / "submitit", cluster=args.cluster)
+    options = dict(option.split("=", 1) for option in args.cluster_options)
+    options = {k: int(v) if v.isdecimal() else v for k, v in options.items()}
+    executor.update_parameters(name="dreamer", **{"slurm_array_parallelism": args.jobs} | options)
+    with executor.batch():
+        handles = [executor.submit(job) for job in jobs]
+    for job, handle in zip(jobs, handles, strict=True):
+        print(f"{job} is job {handle.job_id}, logs {handle.paths.folder}", flush=True)
+    return [result(handle.result) for handle in handles]
+
+
+def result(get):
+    """A job's exit code, or the exception that ended it."""
+    try:
+        return get()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tasks", nargs="*", help="tasks or groups of benchmarks/tasks.yaml")
+    parser.add_argument("--scripts", nargs="+", default=[], choices=["dreamerv1", "dreamerv2"])
+    parser.add_argument("--env-ids", nargs="+", default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--pin", action="store_true", help="record in benchmarks/curves")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
+    parser.add_argument("--cluster", choices=["slurm", "local"], help="launch through submitit")
+    parser.add_argument("--cluster-options", nargs="+", default=[], metavar="KEY=VALUE")
+    argv = sys.argv[1:] if argv is None else argv
+    mine = list(itertools.takewhile(lambda word: word != "--", argv))
+    args = parser.parse_args(mine)
+    args.flags, args.out = argv[len(mine) + 1 :], args.out.resolve()
+    args.curves = records.CURVES if args.pin else args.out / "curves"
+    if args.jobs < 1:
+        sys.exit(f"error: --jobs is {args.jobs}, it must be at least 1")
+
+    jobs = plan(args)
+    todo = [job for job in jobs if not job.finished()]
+    if args.dry_run:
+        for job in todo:
+            print(f"cd {job.folder} && {shlex.join(job.command())}")
+        return 0
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    codes = run_on_cluster(todo, args) if args.cluster else run_here(todo, args.jobs)
+    failed = [(job, code) for job, code in zip(todo, codes, strict=True) if code != 0]
+    for job, code in failed:
+        print(f"failed: {job} ({code}), log {job.folder / 'log.txt'}", file=sys.stderr)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are finished, curves in {args.curves}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
