@@ -1,7 +1,7 @@
 """Checks new learning curves against the pinned ones in benchmarks/curves.
 
-    python benchmarks/check.py NEW...     CSV files, or folders of them, as benchmarks/run.py writes
-    python benchmarks/check.py            the pinned curves themselves: whole, and as their cards say
+    python benchmarks/check.py NEW...    CSV files, or folders of them, as benchmarks/run.py writes
+    python benchmarks/check.py           the pinned curves themselves: whole, as their cards say
 
 A task falls short if the mean over the new seeds of either statistic lies below
 

@@ -34,12 +34,13 @@ This file, the plots and the results table of the main README are written by
 A card has the command of its curve, all hyperparameters, versions, hardware and hours.
 
 ```bash
-python benchmarks/run.py TASK --seeds 1 2 3    # runs a task, or a group of them, again
-python benchmarks/check.py runs/benchmarks/curves    # against the pinned curves, exit code 1 if worse
-python benchmarks/plot.py                      # this file and the plots
+python benchmarks/run.py TASK --seeds 1 2 3          # runs a task, or a group of them, again
+python benchmarks/check.py runs/benchmarks/curves    # exit code 1 if worse than the pinned curves
+python benchmarks/plot.py                            # this file and the plots
 ```
 
-`check.py` says in its first lines by which statistic it judges, and how often it accuses the innocent.
+`check.py` says in its first lines by which statistics it judges, and how often it accuses the
+innocent.
 
 ![All curves](plots/overview.png)
 """
@@ -151,8 +152,9 @@ def draw(axis, task, color, label=None, band=True):
     last = max(x[-1] for x, _ in seeds)
     rows = [row for row in authors(task) if row["env_frames"] <= 1.3 * last]
     if rows and band:
-        x, low, middle, high = ([r[k] for r in rows] for k in ("env_frames", "min", "median", "max"))
+        x, low, high = ([row[k] for row in rows] for k in ("env_frames", "min", "max"))
         axis.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0)
+        middle = [row["median"] for row in rows]
         axis.plot(x, middle, color="gray", linewidth=1, label=f"authors, {rows[-1]['seeds']} seeds")
 
 

@@ -6,9 +6,12 @@ one folder under the name of the task; a seed that is recorded again replaces it
 """
 
 import csv
+import fcntl
 import json
+import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
@@ -21,7 +24,6 @@ ROOT = Path(__file__).parent.parent
 CURVES = ROOT / "benchmarks" / "curves"
 COLUMNS = "script commit env_id seed env_frames updates episode_return kind wall_hours".split()
 PACKAGES = "torch numpy gymnasium dm_control mujoco ale-py".split()
-BLAS = "OMP_NUM_THREADS"
 
 
 def tasks():
@@ -66,15 +68,13 @@ def device():
     return f"{len(models)} cores of {name}"
 
 
-def command(args):
+def command(script, args):
     """The command line of a run: its id and what differs from the preset, without the seed."""
-    import sys
-
     sys.path.insert(0, str(ROOT))
-    common, module = import_module("common"), import_module(args["exp_name"])
+    common, module = import_module("common"), import_module(script)
     preset = module.PRESETS[common.preset_name(args["env_id"], args["observation"])]
-    default = asdict(module.Args()) | preset | {k: args[k] for k in ("env_id", "exp_name", "seed")}
-    words = [f"python {args['exp_name']}.py --env-id {args['env_id']}"]
+    default = asdict(module.Args()) | preset | {k: args[k] for k in ("env_id", "seed")}
+    words = [f"python {script}.py --env-id {args['env_id']}"]
     for key, value in args.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool) and value != default[key]:
@@ -84,9 +84,20 @@ def command(args):
     return " ".join(words)
 
 
-def record(run, name, folder, commits):
+def record(run, name, script, folder, commits):
     """Adds a finished run folder to the curve and the card of a task -> path of the curve."""
-    folder, path = Path(folder), Path(folder) / f"{name}.csv"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # runs that end together wait for each other
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return add(run, name, script, folder, commits)
+    finally:
+        os.close(lock)
+
+
+def add(run, name, script, folder, commits):
+    path = folder / f"{name}.csv"
     args = yaml.safe_load((Path(run) / "args.yaml").read_text())
     log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     seed, rows = args["seed"], []
@@ -94,11 +105,10 @@ def record(run, name, folder, commits):
         for kind, tag in (("train", "charts"), ("eval", "eval")):
             if (ret := row.get(f"{tag}/episodic_return")) is not None:
                 point = (row["frames"], row["updates"], round(ret, 3), kind)
-                point = (args["exp_name"], commits[-1], args["env_id"], seed, *point)
+                point = (script, commits[-1], args["env_id"], seed, *point)
                 rows.append((*point, round(row["seconds"] / 3600, 4)))
     curves = read_curve(path) if path.exists() else {}
     curves[seed] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -116,7 +126,7 @@ def record(run, name, folder, commits):
         "final_eval_return": round(final(log), 1),
     }  # fmt: skip
     card = {
-        "command": f"{command(args)} --seed SEED",
+        "command": f"{command(script, args)} --seed SEED",
         "runs": [runs[key] for key in sorted(runs)],
         "args": {k: v for k, v in args.items() if k != "seed"},
     }

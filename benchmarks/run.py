@@ -1,9 +1,9 @@
 """Runs tasks x seeds, N at a time, each a process with a log of its own, and records their curves.
 
-    python benchmarks/run.py cpu --seeds 1 2 3 --jobs 2             # a group of benchmarks/tasks.yaml
-    python benchmarks/run.py dreamerv2-CartPole-v1 --seeds 4 5      # one task
-    python benchmarks/run.py --scripts dreamerv1 dreamerv2 --env-ids Acrobot-v1 -- --total-frames 9000
-    python benchmarks/run.py cpu --cluster slurm --cluster-options slurm_partition=cpu timeout_min=600
+    python benchmarks/run.py cpu --seeds 1 2 3 --jobs 2         # a group of benchmarks/tasks.yaml
+    python benchmarks/run.py dreamerv2-CartPole-v1 --seeds 4    # one task
+    python benchmarks/run.py --scripts dreamerv1 dreamerv2 --env-ids Acrobot-v1 -- --threads 2
+    python benchmarks/run.py cpu --cluster slurm --cluster-options slurm_partition=a timeout_min=60
 
 What follows -- goes to every run. The same command again goes on where it stopped: finished runs
 are skipped, the others resume from their last checkpoint. An interrupt lets every run save itself.
@@ -72,7 +72,8 @@ class Job:
             if code := self.process.wait():
                 return code
         commits = (self.folder / "commits").read_text().split()
-        records.record(self.run_folder(), self.name, self.curves, commits)
+        script = self.script.removesuffix(".py")
+        records.record(self.run_folder(), self.name, script, self.curves, commits)
         (self.folder / "finished").touch()
         return 0
 
@@ -140,6 +141,9 @@ def run_on_cluster(jobs, args):
         import submitit
     except ImportError:
         sys.exit("error: --cluster needs pip install submitit")
+    # The jobs begin in processes that must find `records` as well.
+    found = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(found)
     executor = submitit.AutoExecutor(args.out / "submitit", cluster=args.cluster)
     options = dict(option.split("=", 1) for option in args.cluster_options)
     options = {k: int(v) if v.isdecimal() else v for k, v in options.items()}

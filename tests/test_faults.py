@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kill_often import kill_often
 from processes import start
 
 import common
@@ -553,11 +554,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_is_killed_at_random_moments_loses_nothing_that_it_saved(script, tmp_path):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from kill_often import kill_often
-    finally:
-        sys.path.pop(0)
     flags = f"{TINY} {SCHEDULE[script]} --env-id CartPole-v1 --total-frames 3000 --replay-size 1200"
     flags += " --checkpoint-every 100 --eval-every 200 --log-every 100"
     folder, seen = kill_often(script, flags.split(), 4, tmp_path, steps=(310, 500))
