@@ -164,7 +164,7 @@ def test_the_numbers_of_parameters_are_those_of_the_networks():
 
 def test_ci_runs_the_line_that_the_readme_gives():
     block = re.search(r"<!-- test-command -->\n```bash\n(.*)\n```", README)[1]
-    assert block == "python -m pytest && python -m pytest -m slow"
+    assert block == "python -m pytest -n 2 && python -m pytest -n 2 -m slow"
     assert "test-command" in (ROOT / ".ci" / "run").read_text()
 
 
