@@ -1,0 +1,448 @@
+"""Asks a run folder, finished or still training: can the imagination be trusted, and how far?
+
+    python benchmarks/inspect_run.py RUN            # RUN/report.html, one file, opens anywhere
+    python benchmarks/inspect_run.py RUN --film     # RUN/videos/evaluate.gif, shows the return
+    python benchmarks/inspect_run.py RUN --dream    # RUN/videos/dream.gif, all of it imagined
+
+The report compares what the model foretells with what then happened: in fresh episodes, which the
+agent plays for it and was never trained on, and in windows of its replay. `instruments.py` says
+how each number is found; report.json, beside the report, has them all. Nothing that the folder
+holds is executed: the script is this repository's own of the run's name, or the one of --script.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cv2
+import instruments as tools
+import torch
+
+import common
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem;
+       color: #222; background: #fff; }
+img { max-width: 100%; height: auto; vertical-align: top; }
+.pixels { image-rendering: pixelated; width: 100%; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+.verdict { background: #f3f6fa; padding: .6rem 1rem; border-left: 4px solid #36c; }
+pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; font-size: .8rem; }
+figure { margin: 1.2rem 0; } figcaption { color: #555; font-size: .9rem; }
+"""
+
+
+def measure(run, episodes, horizon, seed=0):
+    """All numbers of the report, and the data that its pictures need."""
+    torch.manual_seed(seed)
+    length = run.args.batch_length
+    fresh, returns = tools.play(run, episodes)
+    windows = tools.replayed(run, 2 * run.args.batch_size, length, seed)
+    recent = tools.replayed(run, run.args.batch_size, length, seed, last=10 * length)
+    numbers = {
+        "env_id": run.args.env_id, "script": run.script.__name__, "frames": run.frames,
+        "updates": run.updates, "imag_horizon": run.args.imag_horizon, "returns": returns,
+        "fresh": tools.horizon_curves(run, fresh, horizon),
+        "replay": tools.horizon_curves(run, windows, horizon),
+        "optimism": tools.optimism(run, fresh),
+        "drift": tools.drift(run, windows, run.args.imag_horizon),
+        "recent_log_likelihood": tools.drift(run, recent, 2)["log_likelihood"],
+        "health": tools.health(run, windows),
+    }  # fmt: skip
+    numbers["predictable"] = {k: tools.predictable(numbers[k]) for k in ("fresh", "replay")}
+    numbers["predictable"]["ends"] = tools.predictable(numbers["replay"], "continuation")
+    numbers["verdict"] = verdict(numbers)
+    return numbers, fresh, windows
+
+
+def verdict(numbers):
+    """What the numbers mean, in plain words, the gravest first: a list of sentences."""
+    fresh, steps, said = numbers["fresh"], numbers["predictable"]["fresh"], []
+    horizon, value = numbers["imag_horizon"], numbers["optimism"]
+    kl, uninformed = sum(numbers["health"]["kl"]), numbers["health"]["uninformed"]
+    if uninformed > 0.1 and kl > 0.8 * uninformed:
+        said.append(
+            f"The prior does not foretell the posterior: it is {kl:.1f} nats away, a guess that"
+            f" knows nothing {uninformed:.1f}. It is untrained, or nothing can be foretold."
+        )
+    what, far = "Rewards", len(fresh["reward"]) - 1
+    if steps is None:  # as where each step pays the same: what counts is then how long it lasts
+        what, steps = "Ends of episodes", numbers["predictable"]["ends"]
+        far = len(numbers["replay"]["reward"]) - 1
+    if steps is None:
+        said.append("Neither rewards nor ends vary here, so that their prediction says nothing.")
+    elif steps < 0 and what == "Rewards":
+        share = fresh["reward"][0] / fresh["reward_trivial"][0]
+        said.append(
+            f"The reward head fails even where the model sees: its squared error is {share:.0%} of"
+            " that of the mean reward. It is untrained, or was fed other rewards."
+        )
+    elif steps < far:
+        said.append(f"{what} stay predictable to {max(steps, 0)} steps.")
+        if steps < horizon and what == "Rewards":
+            said.append(f"A horizon above {max(steps, 1)} trains on fantasy; it is {horizon}.")
+    else:
+        said.append(f"{what} stay predictable to {steps} steps, as far as was looked.")
+    side = "optimistic" if value["optimism"] > 0 else "pessimistic"
+    size = abs(value["optimism"])
+    said.append(
+        f"Values are {size:.0%} {side} and follow what comes with a rank correlation of"
+        f" {value['rank_correlation']:.2f}."
+        if size >= 0.05
+        else f"Values are right within 5 %, with a rank correlation of "
+        f"{value['rank_correlation']:.2f}."
+    )
+    if value["value_share"] > 0.5:
+        said.append("Episodes are too short for the discount: much of what followed is a guess.")
+    if numbers["health"]["collapsed"] > 0.25:
+        said.append(f"{numbers['health']['collapsed']:.0%} of the latents never change.")
+    if numbers["drift"]["far"] > 0.5:
+        said.append(
+            f"{numbers['drift']['far']:.0%} of the states that are dreamt {horizon} steps ahead lie"
+            " far from all that was seen: the policy has left its model."
+        )
+    return said
+
+
+# Pictures
+
+
+def figure_bytes(figure):
+    from matplotlib import pyplot
+
+    file = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def draw_horizons(numbers):
+    """Errors over the horizon, fresh episodes and replay, with the trivial predictors: PNGs."""
+    from matplotlib import pyplot
+
+    drawn = []
+    for key in ("reward", "continuation", "vector", "image", "kl"):
+        if key not in numbers["fresh"]:
+            continue
+        figure, axis = pyplot.subplots(figsize=(4.5, 3))
+        for source, color in (("fresh", "tab:orange"), ("replay", "tab:blue")):
+            curve = numbers[source][key]
+            axis.plot(range(len(curve)), curve, color=color, label=source)
+            if key != "kl":
+                trivial = numbers[source][f"{key}_trivial"]
+                axis.plot(range(len(trivial)), trivial, color=color, linestyle=":")
+        axis.axvline(numbers["imag_horizon"], color="black", linewidth=0.6, linestyle="--")
+        axis.set_title({"kl": "KL of posterior from rollout (nats)"}.get(key, f"{key}, error"))
+        axis.set_xlabel("steps with eyes closed")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+        drawn.append(figure_bytes(figure))
+    return drawn
+
+
+def draw_three(numbers, log):
+    """The three curves to look at before the horizon is extended: PNGs."""
+    from matplotlib import pyplot
+
+    figures = [pyplot.subplots(figsize=(4.5, 3)) for _ in range(3)]
+    first, second, third = (axis for _, axis in figures)
+    fresh, horizon, value = numbers["fresh"], numbers["imag_horizon"], numbers["optimism"]
+    ratio = np.array(fresh["reward"]) / np.maximum(fresh["reward_trivial"], 1e-12)
+    first.plot(ratio, color="tab:orange")
+    first.axhline(0.5, color="black", linestyle=":", linewidth=0.8)
+    first.axvline(horizon, color="black", linewidth=0.6, linestyle="--")
+    first.set_title("1. reward error over the horizon", fontsize=10)
+    first.set_xlabel("steps with eyes closed")
+    first.set_ylabel("share of the trivial error")
+    first.set_ylim(0, max(1.2, min(3, ratio.max())))
+    rows = [row for row in log if "imag/value" in row]
+    for key, label in (("imag/value", "value"), ("imag/return", "imagined return")):
+        second.plot([row["frames"] for row in rows], [row[key] for row in rows], label=label)
+    second.axhline(value["followed"], color="black", linestyle=":", linewidth=0.8)
+    second.set_title("2. values over training", fontsize=10)
+    second.set_xlabel("environment frames")
+    second.legend(fontsize=8)
+    labels = [f"H = {x}" for x in (horizon // 2, horizon, 2 * horizon)]
+    heights = [value[f"return_{name}_horizon"] for name in ("half", "full", "double")]
+    third.bar(labels, heights, color="tab:orange")
+    third.axhline(value["followed"], color="black", linestyle=":")
+    third.set_title("3. imagined return at H/2, H and 2H", fontsize=10)
+    return [figure_bytes(figure) for figure, _ in figures]
+
+
+def draw_latents(run, batch):
+    """Posterior latents over the first episode as a heat map: a PNG."""
+    from matplotlib import pyplot
+
+    first = (batch["is_first"][:, 0] != 0).nonzero()[:, 0].tolist()
+    end = min([*first[1:2], len(batch["reward"]), 200])
+    post, _ = tools.observe(run, {k: v[:end] for k, v in batch.items()})
+    if "logit" in post:
+        image = post["logit"].softmax(-1)[:, 0].flatten(1).T
+        label = "latent and class"
+    else:
+        image, label = post["mean"][:, 0].T, "latent (mean)"
+    figure, axis = pyplot.subplots(figsize=(9, 3.4))
+    mesh = axis.imshow(image.cpu(), aspect="auto", interpolation="nearest", cmap="viridis")
+    figure.colorbar(mesh)
+    axis.set_xlabel("step of an episode")
+    axis.set_ylabel(label)
+    return figure_bytes(figure)
+
+
+def draw_vectors(run, batch, context, horizon):
+    """Dream against reality of vector observations in one episode: a PNG."""
+    from matplotlib import pyplot
+
+    first = (batch["is_first"][:, 0] != 0).nonzero()[:, 0].tolist()
+    end = min([*first[1:2], len(batch["reward"]), context + horizon])
+    part = {k: v[:end] for k, v in batch.items()}
+    dreamt = run.model.decoder(dream_features(run, part, context))["vector"][:, 0].detach().cpu()
+    truth = part["vector"][:, 0].cpu()
+    count = min(truth.shape[1], 6)
+    figure, axes = pyplot.subplots(count, 1, figsize=(9, 1.3 * count), sharex=True, squeeze=False)
+    for i, axis in enumerate(axes[:, 0]):
+        axis.plot(truth[:, i], color="black", label="what happened")
+        axis.plot(dreamt[:, i], color="tab:orange", label="seen, then dreamt")
+        axis.axvline(context, color="black", linestyle="--", linewidth=0.6)
+        axis.set_ylabel(f"[{i}]")
+    axes[0, 0].legend(fontsize=8, ncols=2)
+    axes[-1, 0].set_xlabel("step; dreamt after the dashed line")
+    return figure_bytes(figure)
+
+
+@torch.no_grad()
+def dream_features(run, batch, context):
+    """Sees `context` rows, then follows the actions blindly -> features (T, B, F)."""
+    seen = {k: v[:context] for k, v in batch.items()}
+    post, _ = tools.observe(run, seen)
+    state = {k: v[-1] for k, v in post.items()}
+    feats = [*run.rssm.feat(post)]
+    for action in batch["action"][context:]:
+        state = run.rssm.img_step(state, action)
+        feats.append(run.rssm.feat(state))
+    return torch.stack(feats)
+
+
+def contact_sheet(film, every):
+    """Every so many frames of an open-loop film (T, B, C, 3H, W), side by side -> (H, W, 3)."""
+    frames = film[::every, 0].clamp(0, 1).cpu()
+    row = torch.cat([*frames], -1).expand(3, -1, -1)
+    return (row * 255).byte().permute(1, 2, 0).numpy()
+
+
+def png(image):
+    """(H, W, 3) uint8 as the bytes of a PNG."""
+    return cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]))[1].tobytes()
+
+
+def captioned(frame, text):
+    """A frame (H, W, 3), at least 256 wide, with a line of text on it."""
+    scale = max(1, 256 // frame.shape[1])
+    frame = frame.repeat(scale, 0).repeat(scale, 1).copy()
+    for color, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(frame, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, width, cv2.LINE_AA)
+    return frame
+
+
+def film_episode(run, limit=1000):
+    """An evaluation episode as frames with the return so far on them -> frames, return."""
+    envs = common.make_envs(1, first_index=30_000, render=True, **run.options)
+    state, done = run.rssm.initial(1), np.ones(1, bool)
+    action, total, frames = np.zeros(envs.action_space.shape, np.float32), 0.0, []
+    act = common.Captured(
+        lambda row, state: run.script.policy(run.agent, row, state, False), run.device, False
+    )
+    while True:
+        row, done, _ = common.step_rows(envs, action, done)
+        total += float(row["reward"][0])
+        if len(frames) < limit:
+            frames.append(captioned(envs.render()[0], f"return {total:.1f}"))
+        if done[0]:
+            envs.close()
+            return frames, total
+        action, state = act(row, state)
+        action = action.cpu().numpy()
+
+
+@torch.no_grad()
+def film_dream(run, batch, steps, context=5):
+    """Imagination under the present policy from a real start -> frames, or UserError."""
+    if "image" not in batch:
+        raise common.UserError("--dream needs an agent that learns from images")
+    seen = {k: v[:context] for k, v in batch.items()}
+    post, _ = tools.observe(run, seen)
+    start = {k: v[-1] for k, v in post.items()}
+    feat, _ = run.rssm.imagine(run.agent["actor"], start, steps)
+    images = (run.model.decoder(feat)["image"] + 0.5).clamp(0, 1)[:, 0]
+    rewards = run.model.reward(feat)[:, 0].cumsum(0)
+    images = (images.expand(-1, 3, -1, -1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [
+        captioned(image, f"dreamt return {total:.1f}")
+        for image, total in zip(images, rewards.tolist(), strict=True)
+    ]
+
+
+# The report
+
+
+def inline(data, kind="png", css=""):
+    code = base64.b64encode(data).decode()
+    return f'<img class="{css}" alt="" src="data:image/{kind};base64,{code}">'
+
+
+def figure(data, caption, kind="png", css=""):
+    images = data if isinstance(data, list) else [data]
+    images = "".join(inline(image, kind, css) for image in images)
+    return f"<figure>{images}<figcaption>{caption}</figcaption></figure>"
+
+
+def told(steps):
+    return "they do not vary" if steps is None else "not at all" if steps < 0 else steps
+
+
+def rows(pairs):
+    cells = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in pairs)
+    return f"<table>{cells}</table>"
+
+
+def report(run, numbers, fresh, windows, log):
+    """The page, as text."""
+    value, health, steps = numbers["optimism"], numbers["health"], numbers["predictable"]
+    args = html.escape((run.folder / "args.yaml").read_text())
+    title = html.escape(f"{numbers['script']} on {numbers['env_id']}")
+    parts = [f"<h1>{title}</h1><p>{numbers['frames']:,} frames, {numbers['updates']:,} updates. "]
+    returns = numbers["returns"]
+    parts.append(
+        f"{len(returns)} fresh episodes with the sampled policy returned"
+        f" {np.mean(returns):.1f} &plusmn; {np.std(returns):.1f}.</p>"
+    )
+    parts.append(f'<div class="verdict">{"<br>".join(map(html.escape, numbers["verdict"]))}</div>')
+    parts.append("<h2>Three curves before you extend the horizon</h2>")
+    parts.append(
+        figure(
+            draw_three(numbers, log),
+            "1: above the dotted line the model foretells rewards worse than half of what the mean"
+            " reward would do; dashed is the horizon. 2: values far above what follows are"
+            " optimism; dotted is what follows now. 3: if the return at H is not closer to the"
+            " dotted line than at H/2, a longer horizon adds nothing but error.",
+        )
+    )
+    parts.append("<h2>How far it sees</h2>")
+    parts.append(
+        figure(
+            draw_horizons(numbers),
+            "Squared errors of rollouts of the prior under the actions really taken, from posterior"
+            " states. Dotted: the mean reward, the mean rate, the last observation. Fresh episodes"
+            " were never trained on.",
+        )
+    )
+    parts.append(rows([
+        ("rewards predictable to, fresh episodes (steps)", told(steps["fresh"])),
+        ("the same, replay", told(steps["replay"])),
+        ("ends of episodes predictable to, replay", told(steps["ends"])),
+    ]))  # fmt: skip
+    context = 5
+    length = min(len(fresh["reward"]), context + len(numbers["fresh"]["reward"]))
+    if "image" in fresh:
+        film = run.model.open_loop({k: v[:, :6] for k, v in windows.items()})
+        (run.folder / "videos").mkdir(exist_ok=True)
+        path = run.folder / "videos" / "open_loop_report.gif"
+        common.save_gif(path, film)
+        parts.append("<h2>Dream against reality</h2>")
+        text = "Top: what happened. Middle: five frames seen, then dreamt. Bottom: the difference."
+        parts.append(figure(path.read_bytes(), text, "gif", "pixels"))
+        sheet = png(contact_sheet(film, max(1, len(film) // 12)))
+        (run.folder / "videos" / "contact_sheet.png").write_bytes(sheet)
+        parts.append(figure(sheet, "The first of them, some frames side by side.", css="pixels"))
+    if "vector" in fresh:
+        parts.append("<h2>Dream against reality, vectors</h2>")
+        text = "An episode: five rows seen, then dreamt under the actions really taken."
+        parts.append(figure(draw_vectors(run, fresh, context, length), text))
+    parts.append("<h2>Values</h2>")
+    parts.append(rows([
+        ("value of visited states, mean", f"{value['value']:.2f}"),
+        ("what really followed, discounted, mean", f"{value['followed']:.2f}"),
+        ("bias", f"{value['bias']:+.2f} ({value['optimism']:+.0%})"),
+        ("rank correlation", f"{value['rank_correlation']:.2f}"),
+        ("imagined return at H/2, H, 2H", ", ".join(
+            f"{value[f'return_{k}_horizon']:.2f}" for k in ("half", "full", "double"))),
+        ("states", value["states"]),
+    ]))  # fmt: skip
+    parts.append("<h2>Policy and model</h2>")
+    parts.append(rows([
+        ("log-likelihood of replayed actions, per step",
+         f"{numbers['drift']['log_likelihood']:.2f}"),
+        ("of the latest ones", f"{numbers['recent_log_likelihood']:.2f}"),
+        ("dreamt states far from all that was seen", f"{numbers['drift']['far']:.0%}"),
+    ]))  # fmt: skip
+    parts.append("<h2>Latents</h2>")
+    parts.append(figure(draw_latents(run, fresh), "The posterior in an episode."))
+    parts.append(rows([
+        ("entropy of posterior, prior (nats)",
+         f"{health['entropy']['post']:.2f}, {health['entropy']['prior']:.2f}"),
+        ("KL, sum and largest of a latent (nats)",
+         f"{sum(health['kl']):.2f}, {max(health['kl']):.2f}"),
+        ("latents that never change", f"{health['collapsed']:.0%} of {health['latents']}"),
+        *((f"gradient norm, {k}", f"{v:.3g}") for k, v in health["gradient_norms"].items()),
+    ]))  # fmt: skip
+    parts.append(f"<h2>Args</h2><pre>{args}</pre>")
+    head = f"<title>{title}</title><style>{STYLE}</style>"
+    head = '<meta name="viewport" content="width=device-width, initial-scale=1">' + head
+    return f'<!doctype html><html lang="en"><meta charset="utf-8">{head}{"".join(parts)}</html>'
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--script", help="the script of the run, if it is none of ours")
+    parser.add_argument("--env-id", help="allows an id that imports a module")
+    parser.add_argument("--horizon", type=int, default=50, help="steps of the longest rollouts")
+    parser.add_argument("--episodes", type=int, default=10, help="fresh episodes to play")
+    parser.add_argument("--no-cuda", action="store_true")
+    parser.add_argument("--film", action="store_true", help="film an episode instead")
+    parser.add_argument("--dream", action="store_true", help="film a dream instead")
+    args = parser.parse_args(argv)
+    for name in ("horizon", "episodes"):
+        if getattr(args, name) < 1:
+            raise common.UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    run = tools.load_run(args.run, args.script, args.env_id, not args.no_cuda)
+    if args.film or args.dream:
+        if args.film:
+            frames, total = film_episode(run)
+            name = "evaluate"
+            print(f"return {total:.1f}")
+        else:
+            torch.manual_seed(0)
+            frames, name = film_dream(run, tools.replayed(run, 1, 6), args.horizon), "dream"
+        path = args.run / "videos" / f"{name}.gif"
+        common.save_gif(path, frames)
+        print(path)
+        return
+    numbers, fresh, windows = measure(run, args.episodes, args.horizon)
+    log = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+    page = report(run, numbers, fresh, windows, log)
+    (args.run / "report.json").write_text(json.dumps(numbers, indent=1))
+    (args.run / "report.html").write_text(page)
+    (args.run / "videos").mkdir(exist_ok=True)
+    drawn = [cv2.imdecode(np.frombuffer(x, np.uint8), 1) for x in draw_horizons(numbers)]
+    cv2.imwrite(str(args.run / "videos" / "horizons.png"), cv2.vconcat(drawn))
+    print(*numbers["verdict"], args.run / "report.html", sep="\n")
+
+
+if __name__ == "__main__":
+    with common.exit_on_error():
+        main()

@@ -1,0 +1,332 @@
+"""The instruments that look into a run folder."""
+
+import fcntl
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import inspect_run
+import instruments as tools
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import start
+
+import common
+
+ROOT = Path(__file__).parent.parent
+TINY = """--batch-size 3 --batch-length 12 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
+    --imag-horizon 4 --prefill 100 --pretrain 2 --replay-size 1000 --eval-episodes 1 --threads 1
+    --log-every 100 --total-frames 450 --seed 3"""
+CASES = {
+    "dreamerv1": "--env-id Pendulum-v1 --time-limit 30",
+    "dreamerv2": "--env-id CartPole-v1",
+}
+
+
+def train(script, flags, folder):
+    process = start(f"{script}.py", flags, folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    (run,) = folder.glob("runs/*")
+    return run
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request, tmp_path_factory):
+    where = tmp_path_factory.mktemp(request.param)
+    return train(request.param, f"{TINY} {CASES[request.param]}", where)
+
+
+@pytest.fixture
+def run(folder):
+    torch.manual_seed(0)
+    return tools.load_run(folder)
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self, shape=(): self.loc)
+
+
+# The numbers, found again in another way
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_horizon_curves_equal_rollouts_one_by_one(run):
+    fresh, _ = tools.play(run, 3)
+    curves = tools.horizon_curves(run, fresh, 6, images=10**6)
+    post, _ = tools.observe(run, fresh)
+    first, reward = fresh["is_first"][:, 0] != 0, fresh["reward"][:, 0]
+    episode, vector = first.int().cumsum(0), fresh["vector"][:, 0]
+    mean, rate = reward[~first].mean(), 1 - fresh["is_terminal"][:, 0][~first].mean()
+    sums = {}
+    with torch.no_grad():
+        for t in range(len(reward)):
+            state = {k: post[k][t] for k in ("deter", "stoch")}
+            for h in range(7):
+                if t + h >= len(reward) or episode[t + h] != episode[t]:
+                    break
+                if h:
+                    state = run.rssm.img_step(state, fresh["action"][t + h])
+                if first[t + h]:
+                    continue
+                feat, now = run.rssm.feat(state), t + h
+                errors = {
+                    "reward": (run.model.reward(feat)[0] - reward[now]) ** 2,
+                    "reward_trivial": (mean - reward[now]) ** 2,
+                    "vector": ((run.model.decoder(feat)["vector"][0] - vector[now]) ** 2).sum(),
+                    "vector_trivial": ((vector[t] - vector[now]) ** 2).sum(),
+                }
+                if h:
+                    there = {k: v[now] for k, v in post.items() if k not in ("deter", "stoch")}
+                    errors["kl"] = run.rssm.kl(there, state)[0]
+                goes_on = 1 - fresh["is_terminal"][now, 0]
+                chance = (run.model.discount(feat)[0].sigmoid() / run.args.gamma).clamp(max=1)
+                errors["continuation"] = (chance - goes_on) ** 2
+                errors["continuation_trivial"] = (rate - goes_on) ** 2
+                for key, value in errors.items():
+                    sums.setdefault((key, h), []).append(float(value))
+    assert len(curves["reward"]) == 7
+    for (key, h), values in sums.items():
+        assert curves[key][h] == pytest.approx(np.mean(values), rel=1e-3, abs=1e-6), (key, h)
+        assert key == "kl" or curves["pairs"][h] == len(values)
+
+
+def test_what_followed_equals_the_sum_by_hand(run):
+    fresh, _ = tools.play(run, 3)
+    values = torch.randn(len(fresh["reward"]))
+    returns, share = tools.followed(run, fresh, values)
+    gamma, rows = run.args.gamma, len(values)
+    starts = [t for t in range(rows) if fresh["is_first"][t, 0]] + [rows]
+    for begin, end in itertools.pairwise(starts):
+        terminal = bool(fresh["is_terminal"][end - 1, 0])
+        for t in range(begin, end):
+            rewards = [float(fresh["reward"][i, 0]) for i in range(t, end)]
+            if not terminal:  # the last value stands for the last reward and all after it
+                rewards[-1] = float(values[end - 1])
+            total = sum(gamma**k * r for k, r in enumerate(rewards))
+            assert float(returns[t]) == pytest.approx(total, rel=1e-4, abs=1e-4)
+            expected = 0 if terminal else gamma ** (end - 1 - t)
+            assert float(share[t]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_optimism_is_value_less_what_followed_over_its_size(run, monkeypatch):
+    fresh, _ = tools.play(run, 4)
+    first = fresh["is_first"][:, 0] != 0
+    numbers = tools.optimism(run, fresh)
+    assert 0 < numbers["states"] <= int((~first).sum())
+    assert all(np.isfinite(numbers[f"return_{k}_horizon"]) for k in ("half", "full", "double"))
+    assert -1 <= numbers["rank_correlation"] <= 1
+
+    # A critic that is right but for 3 that it adds, where nothing is left to guess.
+    fresh["is_terminal"][:-1] = torch.roll(fresh["is_first"].float(), -1, 0)[:-1]
+    fresh["is_terminal"][-1] = 1
+    truth, share = tools.followed(run, fresh, torch.zeros(len(first)))
+    assert not share.any()
+    monkeypatch.setattr(run.agent["critic"], "forward", lambda feat: truth[:, None] + 3)
+    monkeypatch.setattr(tools, "imagined_returns", lambda *a: torch.zeros(1))
+    numbers, real = tools.optimism(run, fresh), truth[~first]
+    assert numbers["states"] == len(real)
+    assert numbers["bias"] == pytest.approx(3, abs=1e-4)
+    assert numbers["optimism"] == pytest.approx(float(3 / real.abs().mean()), rel=1e-4)
+    assert numbers["rank_correlation"] == pytest.approx(1)
+
+
+def test_windows_of_the_replay_are_rows_that_lie_in_it_one_after_another(run, folder):
+    windows = tools.replayed(run, 5, 9)
+    stored = {p.stem: np.load(p, mmap_mode="r") for p in (folder / "replay").glob("*.npy")}
+    count = run.state["replay"]["end"]
+    for b in range(5):
+        vector = windows["vector"][:, b].numpy()
+        (at,) = np.flatnonzero((stored["vector"][: count - 8, 0] == vector[0]).all(-1))[:1]
+        for key in windows:
+            assert (stored[key][at : at + 9, 0] == windows[key][:, b].numpy()).all()
+    late = tools.replayed(run, 50, 9, last=9)
+    assert (late["vector"] == late["vector"][:, :1]).all()  # there is one such window
+    with pytest.raises(common.UserError, match="no 5000 rows"):
+        tools.replayed(run, 1, 5000)
+
+
+def test_predictable_is_the_last_step_before_the_error_passes_half_of_the_trivial_one():
+    curves = {"reward": [0.1, 0.4, 0.6, 0.1], "reward_trivial": [1.0] * 4}
+    assert tools.predictable(curves) == 1
+    assert tools.predictable(curves | {"reward": [0.1] * 4}) == 3
+    assert tools.predictable(curves | {"reward": [0.9] * 4}) == -1
+    assert tools.predictable(curves | {"reward_trivial": [0.0] * 4}) is None
+
+
+def test_a_latent_that_ignores_the_state_has_collapsed(run):
+    windows = tools.replayed(run, 4, 10)
+    before = tools.health(run, windows)
+    assert len(before["kl"]) == before["latents"] == 3
+    assert set(before["gradient_norms"]) >= {"world_model.rssm", "actor", "critic"}
+    assert all(norm > 0 for norm in before["gradient_norms"].values())
+    assert all(p.grad is None or not p.grad.any() for p in run.agent.parameters())
+    torch.nn.init.zeros_(run.rssm.obs_out[-1].weight)
+    after = tools.health(run, windows)
+    assert after["collapsed"] == 1
+    assert after["uninformed"] == pytest.approx(0, abs=1e-4)
+
+
+def test_states_of_another_world_are_far(run):
+    windows = tools.replayed(run, 6, 10)
+    near = tools.drift(run, windows, 2)["far"]
+    imagine = run.rssm.imagine
+    run.rssm.imagine = lambda *a: (imagine(*a)[0] + 100, None)
+    assert near < tools.drift(run, windows, 2)["far"] == 1
+
+
+# The verdict
+
+
+def numbers(reward, horizon=10, optimism=0.0, kl=1.0, uninformed=10.0, collapsed=0.0, far=0.1):
+    fresh = {"reward": reward, "reward_trivial": [1.0] * len(reward)}
+    return {
+        "fresh": fresh, "replay": fresh, "imag_horizon": horizon,
+        "predictable": {"fresh": tools.predictable(fresh), "ends": None},
+        "optimism": {"optimism": optimism, "rank_correlation": 0.8, "value_share": 0.1},
+        "health": {"kl": [kl], "uninformed": uninformed, "collapsed": collapsed},
+        "drift": {"far": far},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        (numbers([0.1] * 13 + [0.9] * 5), "Rewards stay predictable to 12 steps."),
+        (numbers([0.1] * 6), "predictable to 5 steps, as far as was looked"),
+        (numbers([0.1] * 13 + [0.9] * 5, horizon=50), "A horizon above 12 trains on fantasy"),
+        (numbers([0.9] * 5), "The reward head fails even where the model sees"),
+        (numbers([0.1] * 5, optimism=0.18), "Values are 18% optimistic"),
+        (numbers([0.1] * 5, optimism=-0.3), "Values are 30% pessimistic"),
+        (numbers([0.1] * 5, optimism=0.01), "Values are right within 5 %"),
+        (numbers([0.1] * 5, kl=9.0), "The prior does not foretell the posterior"),
+        (numbers([0.1] * 5, collapsed=0.5), "50% of the latents never change"),
+        (numbers([0.1] * 5, far=0.8), "the policy has left its model"),
+    ],
+)
+def test_the_verdict_says_what_the_numbers_mean(case, text):
+    said = " ".join(inspect_run.verdict(case))
+    assert text in said
+    healthy = " ".join(inspect_run.verdict(numbers([0.1] * 13 + [0.9] * 5)))
+    for fault in ("fantasy", "fails", "istic", "foretell", "never change", "left its model"):
+        assert fault not in healthy
+
+
+# The command
+
+
+def inspect(*flags):
+    """As from a shell, but in this process."""
+    inspect_run.main([str(flag) for flag in flags])
+
+
+def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(folder):
+    lock = open(folder / "replay" / "lock", "w")  # noqa: SIM115
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    before = {p: p.read_bytes() for p in folder.rglob("*.npy")}
+    command = [sys.executable, str(ROOT / "benchmarks" / "inspect_run.py"), str(folder)]
+    flags = ["--episodes", "2", "--horizon", "8"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    lock.close()
+    assert done.returncode == 0, done.stderr
+    assert {p: p.read_bytes() for p in folder.rglob("*.npy")} == before
+    page = (folder / "report.html").read_text()
+    told = json.loads((folder / "report.json").read_text())
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
+    assert page.count("data:image/png;base64,") >= 6
+    for sentence in told["verdict"]:
+        assert sentence in done.stdout
+        assert sentence in page.replace("&#x27;", "'")
+    assert len(told["fresh"]["reward"]) <= 9
+    assert f"{told['optimism']['value']:.2f}" in page
+    assert f"{told['drift']['far']:.0%}" in page
+    assert "batch_length: 12" in page
+    assert (folder / "videos" / "horizons.png").stat().st_size > 1000
+
+
+def test_nothing_that_the_folder_holds_is_executed(folder, tmp_path):
+    theirs = tmp_path / "run"
+    shutil.copytree(folder, theirs)
+    for name in ("dreamerv1.py", "dreamerv2.py", "common.py", "evil.py", "instruments.py"):
+        (theirs / name).write_text("raise SystemExit('executed')")
+    inspect(theirs, "--episodes", 1, "--horizon", 2)
+    assert (theirs / "report.html").exists()
+    text = (theirs / "args.yaml").read_text()
+    (theirs / "args.yaml").write_text(re.sub("exp_name: .*", "exp_name: evil", text))
+    with pytest.raises(common.UserError, match="no script of ours is named evil, give --script"):
+        inspect(theirs)
+
+
+def test_the_script_of_a_variant_can_be_given(folder, tmp_path):
+    name = re.search("exp_name: (.*)", (folder / "args.yaml").read_text())[1]
+    shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")
+    theirs = tmp_path / "run"
+    shutil.copytree(folder, theirs)
+    inspect(theirs, "--script", tmp_path / "mine.py", "--episodes", 1, "--horizon", 2)
+    assert (theirs / "report.html").exists()
+
+
+def test_an_episode_is_filmed_with_its_return_on_it(folder, capsys):
+    inspect(folder, "--film")
+    with Image.open(folder / "videos" / "evaluate.gif") as film:
+        assert film.n_frames > 5
+        assert film.width >= 256
+    assert re.search(r"return -?\d+\.\d\n", capsys.readouterr().out)
+
+
+def test_what_cannot_be_inspected_is_said_in_one_line(folder, tmp_path):
+    for flags, text in (
+        ([tmp_path], f"{tmp_path} is no run folder"),
+        ([folder, "--dream"], "--dream needs an agent that learns from images"),
+        ([folder, "--episodes", "0"], "--episodes is 0"),
+    ):
+        with pytest.raises(common.UserError) as error:
+            inspect(*flags)
+        assert text in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_run_from_pixels_gets_pictures_of_its_dreams(tmp_path):
+    run = train("dreamerv2", f"{TINY} --env-id CartPole-v1 --pixels", tmp_path)
+    inspect(run, "--episodes", 2, "--horizon", 8)
+    assert "data:image/gif;base64," in (run / "report.html").read_text()
+    assert "image" in json.loads((run / "report.json").read_text())["fresh"]
+    assert (run / "videos" / "contact_sheet.png").exists()
+    inspect(run, "--dream", "--horizon", 12)
+    with Image.open(run / "videos" / "dream.gif") as film:
+        assert 2 < film.n_frames <= 13
+
+
+@pytest.mark.slow
+def test_the_verdict_names_the_faults_of_bad_models(tmp_path):
+    flags = "--env-id Pendulum-v1 --total-frames 6000 --eval-every 0 --eval-episodes 1"
+    run = tools.load_run(train("dreamerv2", flags, tmp_path))
+    weights = {k: v.clone() for k, v in run.agent.state_dict().items()}
+
+    def verdict(horizon=10):
+        run.args.imag_horizon = horizon
+        said, *_ = inspect_run.measure(run, 3, 50)
+        run.agent.load_state_dict(weights)
+        return " ".join(said["verdict"])
+
+    good = verdict()
+    assert "foretell" not in good
+    assert "fails" not in good
+    for layer in run.rssm.img_out.modules():  # as if it had never been trained
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    assert "The prior does not foretell the posterior" in verdict()
+    weight = run.model.reward.out.weight
+    weight.data = weight.data[:, torch.randperm(weight.shape[1])]
+    assert "The reward head fails even where the model sees" in verdict()
+    assert "trains on fantasy; it is 50" in verdict(50)
