@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import common
 import dreamerv1
@@ -43,8 +42,8 @@ def flags_of(script):
 
 
 def flags_in(text):
-    """The flags of the scripts that a text names, not those of benchmarks/speed.py."""
-    text = re.sub(r"python benchmarks/speed\.py.*", "", text)
+    """The flags that a text names, but for those in commands of the tools in benchmarks."""
+    text = re.sub(r"(python benchmarks/\w+|`\w+)\.py .*", "", text)
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--logdir"}
 
 
@@ -88,8 +87,10 @@ def test_the_table_of_presets_is_that_of_the_code(script):
 
 def test_every_flag_that_the_readme_names_exists():
     both = [flags_of(script) for script in SCRIPTS]
+    tools = (ROOT / "benchmarks").glob("*.py")
+    tools = {f for t in tools for f in re.findall(r'argument\("(--[a-z-]+)', t.read_text())}
     flags = flags_in(README)
-    assert flags <= set.union(*both), flags - set.union(*both)
+    assert flags <= set.union(*both, tools), flags - set.union(*both, tools)
     for script, fields in zip(SCRIPTS, both, strict=True):
         commands = re.findall(rf"python {script.__name__}\.py ([^`\n]+)", README)
         assert commands
@@ -166,16 +167,3 @@ def test_ci_runs_the_line_that_the_readme_gives():
     block = re.search(r"<!-- test-command -->\n```bash\n(.*)\n```", README)[1]
     assert block == "python -m pytest -n 2 && python -m pytest -n 2 -m slow"
     assert "test-command" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_results_are_those_of_the_run_cards():
-    command = r"\| `python (\w+)\.py --env-id ([^\s`]+)[^`]*` \| ([\d,]+) \| ([^|]+) \|"
-    rows, folder = re.findall(command, between("results")), ROOT / "benchmarks" / "curves"
-    shown = set()
-    for script, env_id, frames, returns in rows:
-        shown.add(name := f"{script}-{env_id.replace('/', '-')}")
-        card = yaml.safe_load((folder / f"{name}.yaml").read_text())
-        assert [float(x) for x in returns.split(",")] == card["final_eval_return"], env_id
-        assert int(frames.replace(",", "")) == card["args"]["total_frames"], env_id
-        assert script == card["args"]["exp_name"], env_id
-    assert shown == {path.stem for path in folder.glob("*.yaml")}
