@@ -24,7 +24,8 @@ import records
 
 COLORS = {"dreamerv1": "tab:blue", "dreamerv2": "tab:orange"}
 GROUPS = {
-    "cpu": "On a CPU", "horizon": "Half and twice the horizon, on a CPU", "gpu": "On a GPU",
+    "cpu": "On a CPU", "gpu": "On a GPU", "bfloat16": "With bfloat16, on a CPU",
+    "horizon": "Half and twice the horizon, on a CPU",
 }  # fmt: skip
 ABOUT = """# Learning curves
 
@@ -110,7 +111,7 @@ def between(text, name, new=None):
 def write_tables(tasks):
     """Writes benchmarks/README.md and the results table of README.md."""
     readme = records.ROOT / "README.md"
-    main = [task for task in tasks if task["group"] != "horizon"]
+    main = [task for task in tasks if task["group"] in ("cpu", "gpu")]
     readme.write_text(between(readme.read_text(), "results", table(main, "benchmarks/")))
     (records.ROOT / "benchmarks" / "README.md").write_text(report(tasks))
 
@@ -192,7 +193,7 @@ def write_plots(tasks, out):
 
     worlds = {}
     for task in tasks:
-        if task["group"] != "horizon":
+        if task["group"] in ("cpu", "gpu"):
             pixels = task["card"]["args"]["observation"], task["card"]["args"]["pixels"]
             worlds.setdefault((task["env_id"], pixels), []).append(task)
     columns = min(3, len(worlds))
