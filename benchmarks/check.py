@@ -3,18 +3,22 @@
     python benchmarks/check.py NEW...    CSV files, or folders of them, as benchmarks/run.py writes
     python benchmarks/check.py           the pinned curves themselves: whole, as their cards say
 
+Exit code 1 if a task falls short (or a pinned curve is not as its card says), 2 if a curve cannot
+be compared.
+
 A task falls short if the mean over the new seeds of either statistic lies below
 
     limit = mean - t * spread * sqrt(1 / pinned seeds + 1 / new seeds)
 
 with the mean and the spread (sample standard deviation) of the pinned seeds. The statistics are the
-tail, the mean of the evaluations in the last tenth of the curve, and the area under the curve of
-training episodes over its frames. t is the one-sided quantile of Student's distribution for a
+tail, the mean of the evaluations in the last tenth of the curve (of the last one before, if it has
+none; of training episodes, if a curve has none at all), and the area under the curve of training
+episodes over its frames. t is the one-sided quantile of Student's distribution for a
 false alarm in alpha / 2 of such comparisons, so that an unchanged algorithm whose seeds vary like
 the pinned ones, normally, is accused in a share alpha of the tasks at most. The spread counts as
 at least 5 % of what the pinned seeds gained over random play: three seeds that all end at 500 do
-not promise that the fourth does. A new curve that is shorter is compared with the beginning of
-the pinned ones. If a limit is so low that random play would pass, the check says so.
+not promise that the fourth does. All curves are cut to the frames of the shortest. If a limit is
+so low that random play would pass, the check says so.
 """
 
 import argparse
@@ -37,13 +41,15 @@ def compare(pinned, new, alpha=0.01):
     """
     if len(pinned) < 2:
         raise ValueError(f"{len(pinned)} pinned seeds, it takes two to know their spread")
-    frames = min(map(records.last_frame, new))
+    frames = min(map(records.last_frame, [*pinned, *new]))
     quantile = scipy.stats.t.ppf(1 - alpha / 2, len(pinned) - 1)
     base = np.nanmean([*map(records.untrained, pinned), *map(records.untrained, new)])
     results = []
-    for name in ("tail", "area"):
+    seen = all(records.evaluated(rows, frames) for rows in [*pinned, *new])
+    kinds = {"tail": "eval" if seen else "train", "area": "train"}
+    for name, kind in kinds.items():
         statistic = getattr(records, name)
-        old, now = ([statistic(rows, frames) for rows in curves] for curves in (pinned, new))
+        old, now = ([statistic(rows, frames, kind) for rows in curves] for curves in (pinned, new))
         mean = statistics.mean(old)
         spread = max(statistics.stdev(old), 0.05 * abs(mean - base))
         limit = mean - quantile * spread * np.sqrt(1 / len(old) + 1 / len(now))
@@ -69,32 +75,45 @@ def show(name, results):
 
 
 def files(paths):
-    """The CSV files that are meant by files and folders."""
+    """The CSV files that are meant by files and folders, or None for each that has none."""
     for path in map(Path, paths):
-        found = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-        if not found or not all(file.is_file() for file in found):
-            sys.exit(f"error: {path} is no CSV file and no folder with any")
-        yield from found
+        found = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            print(f"error: {path} is no CSV file and no folder with any", file=sys.stderr)
+        yield from found or [None]
 
 
 def check_new(paths, pinned, alpha):
-    """Prints a line for each task and statistic -> the names of the tasks that fell short."""
-    short = []
+    """Prints a line for each task and statistic -> names of what fell short, of what is unusable.
+
+    What cannot be compared is said in one line, and the others are checked.
+    """
+    short, unusable = [], []
     for file in files(paths):
+        if file is None:
+            unusable.append("")
+            continue
         old = Path(pinned) / file.name
-        if not old.exists():
-            sys.exit(f"error: there is no pinned curve {old}")
-        curves = [[*records.read_curve(path).values()] for path in (old, file)]
-        results = compare(*curves, alpha)
+        try:
+            if not old.exists():
+                raise ValueError(f"there is no pinned curve {old}")
+            curves = [[*records.read_curve(path).values()] for path in (old, file)]
+            results = compare(*curves, alpha)
+        except (ValueError, KeyError, ArithmeticError) as error:
+            print(f"error: {file} cannot be checked: {error}", file=sys.stderr)
+            unusable.append(file.stem)
+            continue
         show(file.stem, results)
         if any(r["short"] for r in results):
             short.append(file.stem)
-    return short
+    return short, unusable
 
 
 def check_pinned(folder):
     """What is wrong with the pinned curves and cards, as lines."""
     wrong, folder, known = [], Path(folder), records.tasks()
+    if not any(folder.glob("*.csv")):
+        return [f"error: there is no curve in {folder}"]
     csvs, cards = ({p.stem for p in folder.glob(f"*.{kind}")} for kind in ("csv", "yaml"))
     wrong += [f"{name}: a curve or a card is missing" for name in csvs ^ cards]
     wrong += [f"{name} is not in tasks.yaml" for name in csvs - set(known)]
@@ -128,10 +147,10 @@ def main(argv=None):
         for line in wrong:
             print(line, file=sys.stderr)
         return 1 if wrong else 0
-    short = check_new(args.new, args.pinned, args.alpha)
+    short, unusable = check_new(args.new, args.pinned, args.alpha)
     if short:
         print(f"fell short: {', '.join(short)}", file=sys.stderr)
-    return 1 if short else 0
+    return 1 if short else 2 if unusable else 0
 
 
 if __name__ == "__main__":

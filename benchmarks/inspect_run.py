@@ -12,6 +12,7 @@ holds is executed: the script is this repository's own of the run's name, or the
 
 import argparse
 import base64
+import contextlib
 import html
 import io
 import json
@@ -47,13 +48,16 @@ def measure(run, episodes, horizon, seed=0):
     length = run.args.batch_length
     fresh, returns = tools.play(run, episodes)
     windows = tools.replayed(run, 2 * run.args.batch_size, length, seed)
-    recent = tools.replayed(run, run.args.batch_size, length, seed, last=10 * length)
+    part = {k: v[:5000] for k, v in fresh.items()}  # rows, for every one is a start
+    few = max(2, run.args.batch_size)
+    recent = tools.replayed(run, few, length, seed, last=10 * length)
     numbers = {
         "env_id": run.args.env_id, "script": run.script.__name__, "frames": run.frames,
         "updates": run.updates, "imag_horizon": run.args.imag_horizon, "returns": returns,
-        "fresh": tools.horizon_curves(run, fresh, horizon),
+        "fresh": tools.horizon_curves(run, part, horizon),
         "replay": tools.horizon_curves(run, windows, horizon),
         "optimism": tools.optimism(run, fresh),
+        "horizons": tools.horizons(run),
         "drift": tools.drift(run, windows, run.args.imag_horizon),
         "recent_log_likelihood": tools.drift(run, recent, 2)["log_likelihood"],
         "health": tools.health(run, windows),
@@ -86,6 +90,8 @@ def verdict(numbers):
             f"The reward head fails even where the model sees: its squared error is {share:.0%} of"
             " that of the mean reward. It is untrained, or was fed other rewards."
         )
+    elif steps < 0:
+        said.append("Ends of episodes are foretold no better than by their rate.")
     elif steps < far:
         said.append(f"{what} stay predictable to {max(steps, 0)} steps.")
         if steps < horizon and what == "Rewards":
@@ -93,14 +99,9 @@ def verdict(numbers):
     else:
         said.append(f"{what} stay predictable to {steps} steps, as far as was looked.")
     side = "optimistic" if value["optimism"] > 0 else "pessimistic"
-    size = abs(value["optimism"])
-    said.append(
-        f"Values are {size:.0%} {side} and follow what comes with a rank correlation of"
-        f" {value['rank_correlation']:.2f}."
-        if size >= 0.05
-        else f"Values are right within 5 %, with a rank correlation of "
-        f"{value['rank_correlation']:.2f}."
-    )
+    size, rank = abs(value["optimism"]), value["rank_correlation"]
+    said.append(f"Values are {size:.0%} {side}" if size >= 0.05 else "Values are right within 5 %")
+    said[-1] += "." if rank is None else f", with a rank correlation of {rank:.2f}."
     if value["value_share"] > 0.5:
         said.append("Episodes are too short for the discount: much of what followed is a guess.")
     if numbers["health"]["collapsed"] > 0.25:
@@ -172,7 +173,7 @@ def draw_three(numbers, log):
     second.set_title("2. values over training", fontsize=10)
     second.set_xlabel("environment frames")
     second.legend(fontsize=8)
-    labels = [f"H = {x}" for x in (horizon // 2, horizon, 2 * horizon)]
+    labels = [f"H = {x}" for x in numbers["horizons"].values()]
     heights = [value[f"return_{name}_horizon"] for name in ("half", "full", "double")]
     third.bar(labels, heights, color="tab:orange")
     third.axhline(value["followed"], color="black", linestyle=":")
@@ -248,7 +249,7 @@ def png(image):
 
 def captioned(frame, text):
     """A frame (H, W, 3), at least 256 wide, with a line of text on it."""
-    scale = max(1, 256 // frame.shape[1])
+    scale = -(-256 // frame.shape[1])
     frame = frame.repeat(scale, 0).repeat(scale, 1).copy()
     for color, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(frame, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, width, cv2.LINE_AA)
@@ -284,6 +285,7 @@ def film_dream(run, batch, steps, context=5):
     post, _ = tools.observe(run, seen)
     start = {k: v[-1] for k, v in post.items()}
     feat, _ = run.rssm.imagine(run.agent["actor"], start, steps)
+    feat = feat[1:] if tools.dreams_begin_at_the_start(run) else feat
     images = (run.model.decoder(feat)["image"] + 0.5).clamp(0, 1)[:, 0]
     rewards = run.model.reward(feat)[:, 0].cumsum(0)
     images = (images.expand(-1, 3, -1, -1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -319,6 +321,7 @@ def rows(pairs):
 def report(run, numbers, fresh, windows, log):
     """The page, as text."""
     value, health, steps = numbers["optimism"], numbers["health"], numbers["predictable"]
+    rank = value["rank_correlation"]
     args = html.escape((run.folder / "args.yaml").read_text())
     title = html.escape(f"{numbers['script']} on {numbers['env_id']}")
     parts = [f"<h1>{title}</h1><p>{numbers['frames']:,} frames, {numbers['updates']:,} updates. "]
@@ -374,7 +377,7 @@ def report(run, numbers, fresh, windows, log):
         ("value of visited states, mean", f"{value['value']:.2f}"),
         ("what really followed, discounted, mean", f"{value['followed']:.2f}"),
         ("bias", f"{value['bias']:+.2f} ({value['optimism']:+.0%})"),
-        ("rank correlation", f"{value['rank_correlation']:.2f}"),
+        ("rank correlation", "none" if rank is None else f"{rank:.2f}"),
         ("imagined return at H/2, H, 2H", ", ".join(
             f"{value[f'return_{k}_horizon']:.2f}" for k in ("half", "full", "double"))),
         ("states", value["states"]),
@@ -393,6 +396,7 @@ def report(run, numbers, fresh, windows, log):
          f"{health['entropy']['post']:.2f}, {health['entropy']['prior']:.2f}"),
         ("KL, sum and largest of a latent (nats)",
          f"{sum(health['kl']):.2f}, {max(health['kl']):.2f}"),
+        ("KL of the posterior from its own average", f"{health['uninformed']:.2f}"),
         ("latents that never change", f"{health['collapsed']:.0%} of {health['latents']}"),
         *((f"gradient norm, {k}", f"{v:.3g}") for k, v in health["gradient_norms"].items()),
     ]))  # fmt: skip
@@ -432,8 +436,11 @@ def main(argv=None):
         common.save_gif(path, frames)
         print(path)
         return
+    log = []
+    for line in (args.run / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last one may be half written
+            log.append(json.loads(line))
     numbers, fresh, windows = measure(run, args.episodes, args.horizon)
-    log = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     page = report(run, numbers, fresh, windows, log)
     (args.run / "report.json").write_text(json.dumps(numbers, indent=1))
     (args.run / "report.html").write_text(page)

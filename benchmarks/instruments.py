@@ -105,24 +105,27 @@ def play(run, episodes, first_index=20_000):
     Environments with index 20,000 and on: neither training nor evaluation has their seeds.
     """
     count, streams, finished = min(episodes, 8), [], []
+    # Each plays its share: the first ones to end would be the short ones.
+    quota = np.bincount(np.arange(episodes) % count)
     envs = common.make_envs(count, first_index=first_index, **run.options)
     state, done = run.rssm.initial(count), np.ones(count, bool)
     rows, action = [[] for _ in range(count)], np.zeros(envs.action_space.shape, np.float32)
     act = common.Captured(partial(run.script.policy, run.agent), run.device, False)
-    while len(finished) < episodes:
+    while quota.any():
         row, done, info = common.step_rows(envs, action, done)
         for i in range(count):
             rows[i].append({k: v[i] for k, v in row.items()})
-            if done[i]:
+            if done[i] and quota[i]:
+                quota[i] -= 1
                 finished.append(float(info["episode"]["r"][i]))
                 streams.append(rows[i])
                 rows[i] = []
         action, state = act(row, state)
         action = action.cpu().numpy()
     envs.close()
-    stream = [row for episode in streams[:episodes] for row in episode]
+    stream = [row for episode in streams for row in episode]
     batch = {k: np.stack([row[k] for row in stream])[:, None] for k in stream[0]}
-    return tensors(batch, run.device), finished[:episodes]
+    return tensors(batch, run.device), finished
 
 
 def replayed(run, count, length, seed=0, last=None):
@@ -154,7 +157,16 @@ def rewards(run, batch):
 @torch.no_grad()
 def observe(run, batch):
     """Posterior and prior of a stream: dicts of (T, B, ...)."""
-    return run.rssm.observe(run.model.encoder(batch), batch["action"], batch["is_first"])
+    chunks = [
+        {k: v[t : t + 256] for k, v in batch.items()} for t in range(0, len(batch["reward"]), 256)
+    ]
+    embed = torch.cat([run.model.encoder(chunk) for chunk in chunks])  # images take memory
+    return run.rssm.observe(embed, batch["action"], batch["is_first"])
+
+
+def dreams_begin_at_the_start(run):
+    """Whether imagination returns the start as well, as in V2, or what follows it, as in V1."""
+    return "slow_critic" in run.agent
 
 
 # Instruments
@@ -262,20 +274,21 @@ def followed(run, batch, values):
 
 
 @torch.no_grad()
-def imagined_returns(run, post, horizon):
-    """Lambda-returns of the states that are dreamt first, for starts (T, 1): the actor's view."""
+def imagined_returns(run, post, is_terminal, horizon):
+    """Lambda-returns of the first states of dreams, from starts (T, 1): what the actor goes by."""
     seen, original = [], run.script.lambda_return
 
     def record(*args):
         seen.append(original(*args))
         return seen[-1]
 
-    args = type(run.args)(**vars(run.args) | {"imag_horizon": max(2, horizon)})
-    starts = torch.zeros_like(post["deter"][..., 0])
+    # With reinforce no gradient is kept; the returns are the same.
+    changes = {"imag_horizon": max(2, horizon), "actor_grad": "reinforce"}
+    args = type(run.args)(**vars(run.args) | changes)
     critics = [module for name, module in run.agent.items() if name != "world_model"]
     run.script.lambda_return = record
     try:
-        run.script.behavior_loss(run.model, *critics, post, starts, args)
+        run.script.behavior_loss(run.model, *critics, post, is_terminal, args)
     finally:
         run.script.lambda_return = original
     return seen[0][0]
@@ -285,12 +298,13 @@ def imagined_returns(run, post, horizon):
 def optimism(run, batch):
     """Values and dreamt returns at visited states against what followed: a dict of numbers.
 
-    States count where at most half of what followed is itself a value (see `followed`).
+    States count where at most half of what followed is itself a value (see `followed`), or all if
+    there is no such one. Dreams begin at 1024 of them at most; in V1, whose dreams lack the start,
+    one step earlier.
     """
     post, _ = observe(run, batch)
     values = run.agent["critic"](run.rssm.feat(post))[:, 0]
     truth, share = followed(run, batch, values)
-    # A V1 agent with a discount head dreams from all states but the last one of a window.
     counts = (share <= 0.5) & (batch["is_first"][:, 0] == 0)
     if not counts.any():  # every episode is short of its horizon: all states, said so
         counts = batch["is_first"][:, 0] == 0
@@ -301,16 +315,28 @@ def optimism(run, batch):
     result["bias"] = float((value - truth).mean())
     result["optimism"] = result["bias"] / scale
     constant = np.ptp(value) == 0 or np.ptp(truth) == 0
-    rank = float("nan") if constant else scipy.stats.spearmanr(value, truth).statistic
-    result["rank_correlation"] = float(rank)
-    chosen = {k: v[counts.nonzero()[:, 0]] for k, v in post.items()}
-    if run.script.__name__ == "dreamerv1" and run.model.discount:
-        chosen = {k: torch.cat([v, v[-1:]]) for k, v in chosen.items()}
-    full = run.args.imag_horizon
-    for name, horizon in (("half", full // 2), ("full", full), ("double", 2 * full)):
+    rank = None if constant else float(scipy.stats.spearmanr(value, truth).statistic)
+    result["rank_correlation"] = rank
+    index = counts.nonzero()[:, 0].cpu()
+    index = index[torch.as_tensor(np.random.default_rng(0).permutation(len(index))[:1024])]
+    if not dreams_begin_at_the_start(run):
+        index = index - 1  # of the same episode, for no counted row is a reset
+        if run.model.discount:  # and V1 drops the last row of a window then
+            index = torch.cat([index, index[-1:]])
+    chosen = {k: v[index] for k, v in post.items()}
+    ends = batch["is_terminal"][index]
+    for name, horizon in horizons(run).items():
         torch.manual_seed(0)
-        result[f"return_{name}_horizon"] = float(imagined_returns(run, chosen, horizon).mean())
+        result[f"return_{name}_horizon"] = float(
+            imagined_returns(run, chosen, ends, horizon).mean()
+        )
     return result
+
+
+def horizons(run):
+    """Half, full and double the imagined steps, two at least."""
+    full = run.args.imag_horizon
+    return {"half": max(2, full // 2), "full": full, "double": 2 * full}
 
 
 @torch.no_grad()
@@ -328,6 +354,7 @@ def drift(run, windows, horizon):
     real = windows["is_first"][1:] == 0
     result = {"log_likelihood": float(dist.log_prob(windows["action"][1:])[real].median())}
     half = feat.shape[1] // 2
+    assert half, "it takes two windows"
     mean, std = feat.flatten(0, 1).mean(0), feat.flatten(0, 1).std(0) + 1e-6
     known, other = (
         ((x.flatten(0, 1) - mean) / std)[:4096] for x in feat.split([half, feat.shape[1] - half], 1)

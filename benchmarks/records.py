@@ -7,11 +7,13 @@ one folder under the name of the task; a seed that is recorded again replaces it
 
 import csv
 import fcntl
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 CURVES = ROOT / "benchmarks" / "curves"
 COLUMNS = "script commit env_id seed env_frames updates episode_return kind wall_hours".split()
 PACKAGES = "torch numpy gymnasium dm_control mujoco ale-py".split()
+THREADS = threading.Lock()  # for a lock on a file holds between processes alone
 
 
 def tasks():
@@ -52,20 +55,25 @@ def commit():
     """The commit of the scripts, with a plus if they have been changed since."""
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+        except FileNotFoundError:
+            return ""
 
     changed = git("status", "--porcelain", "--", "dreamerv1.py", "dreamerv2.py", "common.py")
-    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(changed.strip())
+    head = git("rev-parse", "--short", "HEAD").strip() or "unknown"
+    return head + "+" * bool(changed.strip())
 
 
-def device():
+def device(cuda=True):
+    """The name of the GPU, if there is one to use, or else of the CPU and its cores."""
     import torch
 
-    if torch.cuda.is_available():
+    if cuda and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
     name = models[0].split(":")[1].strip() if models else platform.machine()
-    return f"{len(models)} cores of {name}"
+    return f"{os.cpu_count()} cores of {name}"
 
 
 def command(script, args):
@@ -88,12 +96,9 @@ def record(run, name, script, folder, commits):
     """Adds a finished run folder to the curve and the card of a task -> path of the curve."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # runs that end together wait for each other
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with THREADS, open(folder / ".lock", "w") as lock:  # runs that end together wait for each other
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         return add(run, name, script, folder, commits)
-    finally:
-        os.close(lock)
 
 
 def add(run, name, script, folder, commits):
@@ -109,29 +114,41 @@ def add(run, name, script, folder, commits):
                 rows.append((*point, round(row["seconds"] / 3600, 4)))
     curves = read_curve(path) if path.exists() else {}
     curves[seed] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for key in sorted(curves):
-            writer.writerows(curves[key])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for key in sorted(curves):
+        writer.writerows(curves[key])
 
     path = path.with_suffix(".yaml")
     card = yaml.safe_load(path.read_text()) if path.exists() else {"runs": []}
+    told = card.get("args", {})
+    others = [k for k in told.keys() & args.keys() if k != "seed" and told[k] != args[k]]
+    if others and list(card["runs"]) != [r for r in card["runs"] if r["seed"] == seed]:
+        raise ValueError(f"{path} is of runs with another {', '.join(others)}")
     runs = {run["seed"]: run for run in card["runs"]}
     versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
     runs[seed] = {
-        "seed": seed, "commit": ", ".join(dict.fromkeys(commits)), "device": device(),
+        "seed": seed, "commit": ", ".join(dict.fromkeys(commits)), "device": device(args["cuda"]),
         "versions": versions, "wall_hours": round(log[-1]["seconds"] / 3600, 3),
         "env_frames": log[-1]["frames"], "updates": log[-1]["updates"],
-        "final_eval_return": round(final(log), 1),
+        "final_eval_return": round(round(final(log), 3), 1),
     }  # fmt: skip
     card = {
         "command": f"{command(script, args)} --seed SEED",
         "runs": [runs[key] for key in sorted(runs)],
         "args": {k: v for k, v in args.items() if k != "seed"},
     }
-    path.write_text(yaml.safe_dump(card, sort_keys=False, width=100))
+    write(path, yaml.safe_dump(card, sort_keys=False, width=100))
+    write(path.with_suffix(".csv"), text.getvalue())
     return path.with_suffix(".csv")
+
+
+def write(path, text):
+    """The whole text or, if something comes between, the old one."""
+    new = path.with_suffix(f"{path.suffix}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def final(log):
@@ -142,19 +159,24 @@ def last_frame(rows):
     return max(row["env_frames"] for row in rows)
 
 
-def tail(rows, frames):
-    """Mean of the evaluations in the last tenth of `frames`, or else of the training episodes."""
-    late = [row for row in rows if 0.9 * frames <= row["env_frames"] <= frames]
-    evals = [row["episode_return"] for row in late if row["kind"] == "eval"]
-    return float(np.mean(evals or [row["episode_return"] for row in late]))
+def evaluated(rows, frames):
+    """Whether there is an evaluation up to `frames`; the last one may be an episode late."""
+    return any(row["kind"] == "eval" and row["env_frames"] <= 1.02 * frames for row in rows)
 
 
-def area(rows, frames):
+def tail(rows, frames, kind="eval"):
+    """Mean return in the last tenth of `frames`, or of the last row before if it has none."""
+    rows = [row for row in rows if row["kind"] == kind and row["env_frames"] <= 1.02 * frames]
+    late = [row for row in rows if row["env_frames"] >= 0.9 * frames] or rows[-1:]
+    return float(np.mean([row["episode_return"] for row in late]))
+
+
+def area(rows, frames, kind="train"):
     """Area under the curve of training episodes up to `frames`, divided by the frames.
 
     An episode counts as many frames as went by since the one before it ended.
     """
-    rows = [r for r in rows if r["kind"] == "train" and r["env_frames"] <= frames]
+    rows = [r for r in rows if r["kind"] == kind and r["env_frames"] <= frames]
     weights = np.diff([0, *(row["env_frames"] for row in rows)])
     return float(np.average([row["episode_return"] for row in rows], weights=weights))
 

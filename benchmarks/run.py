@@ -37,7 +37,7 @@ class Job:
         self.environ = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         if args.cluster:
             self.environ = {}
-        self.process = None
+        self.process, self.stopped = None, False
 
     def __str__(self):
         return f"{self.name} seed {self.seed}"
@@ -58,8 +58,23 @@ class Job:
     def finished(self):
         return (self.folder / "finished").exists()
 
+    def check(self):
+        """Ends with one line if the folder holds a run with other flags than these."""
+        path, mine = self.folder / "flags", shlex.join([self.script, *self.flags])
+        if path.exists() and path.read_text() != mine:
+            sys.exit(f"error: {self.folder} ran {path.read_text()}, choose another --out")
+
+    def record(self):
+        """Adds the run to the curve of its task, unless it is there."""
+        path = self.curves / f"{self.name}.csv"
+        if not path.exists() or self.seed not in records.read_curve(path):
+            commits = (self.folder / "commits").read_text().split()
+            script = self.script.removesuffix(".py")
+            records.record(self.run_folder(), self.name, script, self.curves, commits)
+
     def __call__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "flags").write_text(shlex.join([self.script, *self.flags]))
         with open(self.folder / "commits", "a") as file:
             file.write(records.commit() + "\n")
         with open(self.folder / "log.txt", "a") as log:
@@ -69,16 +84,17 @@ class Job:
                 self.command(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=environ, start_new_session=True,
             )  # fmt: skip
+            if self.stopped:  # by a signal that came before there was a process
+                self.process.terminate()
             if code := self.process.wait():
                 return code
-        commits = (self.folder / "commits").read_text().split()
-        script = self.script.removesuffix(".py")
-        records.record(self.run_folder(), self.name, script, self.curves, commits)
+        self.record()
         (self.folder / "finished").touch()
         return 0
 
     def stop(self, *_):
         """Asks the run to save itself and end."""
+        self.stopped = True
         if self.process and self.process.poll() is None:
             self.process.terminate()
 
@@ -87,8 +103,9 @@ class Job:
         import submitit
 
         self.stop()
-        self.process.wait()
-        self.process = None
+        # Called from a signal handler, while `__call__` holds the lock of Popen.wait.
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        self.process, self.stopped = None, False
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -105,6 +122,8 @@ def plan(args):
     for script, env_id in itertools.product(args.scripts, args.env_ids):
         name = f"{script}-{env_id.replace('/', '-').replace(':', '-')}"
         chosen[name] = [f"{script}.py", "--env-id", env_id]
+        if name in known and chosen[name] != shlex.split(known[name]["command"]):
+            sys.exit(f"error: {name} is a task with flags of its own, name it to run it")
     if not chosen:
         sys.exit(f"error: name a task, a group ({', '.join(groups)}) or --scripts and --env-ids")
     # Seeds outside, so that every task has a first curve before any has a second.
@@ -184,6 +203,8 @@ def main(argv=None):
         sys.exit(f"error: --jobs is {args.jobs}, it must be at least 1")
 
     jobs = plan(args)
+    for job in jobs:
+        job.check()
     todo = [job for job in jobs if not job.finished()]
     if args.dry_run:
         for job in todo:
@@ -191,6 +212,9 @@ def main(argv=None):
         return 0
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        if job.finished():
+            job.record()  # as after a first time without --pin
     codes = run_on_cluster(todo, args) if args.cluster else run_here(todo, args.jobs)
     failed = [(job, code) for job, code in zip(todo, codes, strict=True) if code != 0]
     for job, code in failed:

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import check
 import numpy as np
@@ -53,12 +55,15 @@ def curves_of(path):
 def test_the_tail_is_the_mean_of_the_evaluations_in_the_last_tenth():
     row = {"kind": "eval", "updates": 1}
     rows = [row | {"env_frames": f, "episode_return": f / 10} for f in range(0, 1001, 50)]
-    assert records.tail(rows, 1000) == np.mean([90, 95, 100])
-    assert records.tail(rows, 500) == np.mean([45, 50])
-    train = [
-        {"kind": "train", "env_frames": f, "episode_return": f, "updates": 1} for f in (95, 99)
-    ]
-    assert records.tail(train, 100) == 97  # where nothing was evaluated
+    train = [row | {"kind": "train", "env_frames": f, "episode_return": -9} for f in range(1000)]
+    assert records.tail(rows + train, 1000) == np.mean([90, 95, 100])
+    assert records.tail(rows + train, 500) == np.mean([45, 50])
+    assert records.tail(rows + train, 495) == np.mean([45, 50])  # an episode late
+    few = [row | {"env_frames": f, "episode_return": f / 10} for f in (500, 1000)]
+    assert records.tail(few + train, 800) == 50  # the last one before
+    assert records.tail(few + train, 800, "train") == -9
+    assert records.evaluated(few, 500)
+    assert not records.evaluated(few, 400)
 
 
 def test_the_area_weighs_an_episode_by_its_frames():
@@ -134,11 +139,35 @@ def test_check_says_where_it_cannot_tell(tmp_path, capsys):
     assert "cannot tell, random play with 20.0 would pass" in capsys.readouterr().out
 
 
+def test_curves_are_cut_to_the_shortest_and_like_is_compared_with_like(tmp_path):
+    pinned = curves_of(write_curve(tmp_path / "a.csv", {1: 500.0, 2: 500.0}))
+    long = curves_of(write_curve(tmp_path / "b.csv", {1: 400.0}, frames=30_000))
+    assert check.compare(pinned, long)[0]["frames"] == 10_000
+    without = [[row for row in rows if row["kind"] == "train"] for rows in long]
+    for row in (row for rows in pinned for row in rows if row["kind"] == "eval"):
+        row["episode_return"] = 9999.0  # which no training episode has
+    assert check.compare(pinned, long)[0]["pinned"] == 9999
+    assert check.compare(pinned, without)[0]["pinned"] == 500
+
+
+def test_what_cannot_be_compared_is_named_and_the_rest_is_checked(tmp_path, capsys):
+    write_curve(tmp_path / "pinned" / "a.csv", {1: 490.0})
+    write_curve(tmp_path / "pinned" / "c.csv", {1: 490.0, 2: 491.0})
+    for name in "abc":
+        write_curve(tmp_path / "new" / f"{name}.csv", {1: 490.0})
+    assert check.main([str(tmp_path / "new"), "--pinned", str(tmp_path / "pinned")]) == 2
+    out, err = capsys.readouterr()
+    assert "a.csv cannot be checked: 1 pinned seeds" in err
+    assert "b.csv cannot be checked: there is no pinned curve" in err
+    assert [line[:2] for line in out.splitlines()] == ["c ", "c "]
+    assert check.main(["--pinned", str(tmp_path / "new" / "nowhere")]) == 1
+
+
 @pytest.mark.parametrize("what", ["missing.csv", "."])
 def test_check_of_nothing_is_refused_in_one_line(what, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "check.py"), str(tmp_path / what)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr
 
@@ -263,6 +292,13 @@ def test_a_grid_runs_once_and_records_a_curve_and_a_card_of_all_seeds(tmp_path):
     assert "2 of 2 runs are finished" in again.stdout
     assert "begins" not in again.stdout
     assert path.read_bytes() == before
+    for file in path.parent.iterdir():
+        file.unlink()
+    assert subprocess.run(grid(tmp_path), capture_output=True).returncode == 0
+    assert path.read_bytes() == before  # recorded from the run folders, without a run
+    other = subprocess.run(grid(tmp_path, frames=500), capture_output=True, text=True)
+    assert other.returncode == 1
+    assert "--total-frames 400 --seed 1, choose another --out" in other.stderr
 
 
 @pytest.mark.slow
@@ -310,12 +346,42 @@ def test_submitit_launches_the_same_grid(tmp_path):
     assert list(curves) == [1, 2]
 
 
+def job_of(tmp_path, command):
+    args = SimpleNamespace(curves=tmp_path, out=tmp_path, jobs=1, cluster=None)
+    job = run.Job("a", ["dreamerv2.py", "--env-id", "CartPole-v1"], 1, args)
+    job.command = lambda: command
+    return job
+
+
+def test_a_job_that_submitit_stops_from_a_signal_handler_is_queued_again(tmp_path):
+    job, again = job_of(tmp_path, ["sleep", "60"]), []
+    handler = signal.signal(signal.SIGUSR2, lambda *_: again.append(job.checkpoint()))
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    began = time.monotonic()
+    try:
+        assert job() != 0
+    finally:
+        signal.signal(signal.SIGUSR2, handler)
+    assert time.monotonic() - began < 30
+    assert again[0].function is job
+    assert (job.process, job.stopped) == (None, False)
+
+
+def test_a_stop_before_the_process_has_begun_is_not_lost(tmp_path):
+    job = job_of(tmp_path, ["sleep", "60"])
+    job.stop()
+    began = time.monotonic()
+    assert job() != 0
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
         (["nonsense"], "no task nonsense"),
         ([], "name a task, a group"),
         (["cpu", "--jobs", "0"], "--jobs is 0"),
+        (["--scripts", "dreamerv1", "--env-ids", "dm_control/cartpole-balance-v0"], "of its own"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(argv, text, capsys):

@@ -204,7 +204,7 @@ def numbers(reward, horizon=10, optimism=0.0, kl=1.0, uninformed=10.0, collapsed
         (numbers([0.1] * 6), "predictable to 5 steps, as far as was looked"),
         (numbers([0.1] * 13 + [0.9] * 5, horizon=50), "A horizon above 12 trains on fantasy"),
         (numbers([0.9] * 5), "The reward head fails even where the model sees"),
-        (numbers([0.1] * 5, optimism=0.18), "Values are 18% optimistic"),
+        (numbers([0.1] * 5, optimism=0.18), "Values are 18% optimistic, with a rank"),
         (numbers([0.1] * 5, optimism=-0.3), "Values are 30% pessimistic"),
         (numbers([0.1] * 5, optimism=0.01), "Values are right within 5 %"),
         (numbers([0.1] * 5, kl=9.0), "The prior does not foretell the posterior"),

@@ -34,7 +34,7 @@ def test_short_runs_of_both_scripts_are_as_good_as_the_pinned_curves(tmp_path):
     assert [process.wait() for process in processes] == [0] * len(RUNS)
     for name in (name for tasks in RUNS for name in tasks):
         file = tmp_path / name / "curves" / f"{name}.csv"
-        assert check.check_new([file], records.CURVES, alpha=0.01) == []
+        assert check.check_new([file], records.CURVES, alpha=0.01) == ([], [])
         new = [*records.read_curve(file).values()]
         tail, _ = check.compare([*records.read_curve(records.CURVES / file.name).values()], new)
         assert not tail["blind"], name
