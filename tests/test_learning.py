@@ -1,8 +1,9 @@
 """The scripts learn as well as the pinned curves say, from the commands of benchmarks/tasks.yaml.
 
-A third or half of a run, to bound the time. When each of three faults was put in by hand, the
-first of these runs fell short: a prior that is not trained, an imagined discount that ignores the
-head, an actor's loss of the wrong sign.
+A third or half of a run, to bound the time. When faults were put in by hand, one seed each fell
+short: DreamerV2 on CartPole with an imagined discount that ignores the head (103.7 at 15,000
+frames) and with an actor's loss of the wrong sign (9.1), on Pendulum with a prior that is not
+trained (-688.8 at 10,000 frames). On CartPole that last one had 408.9, which passes.
 """
 
 import subprocess
