@@ -34,9 +34,8 @@ class Job:
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
         # The scripts are told how many cores are theirs; presets of small networks take one.
-        self.environ = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-        if args.cluster:
-            self.environ = {}
+        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+        self.environ = {} if args.cluster else {"OMP_NUM_THREADS": threads}
         self.process, self.stopped = None, False
 
     def __str__(self):
@@ -65,12 +64,14 @@ class Job:
             sys.exit(f"error: {self.folder} ran {path.read_text()}, choose another --out")
 
     def record(self):
-        """Adds the run to the curve of its task, unless it is there."""
+        """Adds the run to the curve of its task, in place of an earlier one of its seed."""
+        commits = (self.folder / "commits").read_text().split()
+        script = self.script.removesuffix(".py")
+        records.record(self.run_folder(), self.name, script, self.curves, commits)
+
+    def recorded(self):
         path = self.curves / f"{self.name}.csv"
-        if not path.exists() or self.seed not in records.read_curve(path):
-            commits = (self.folder / "commits").read_text().split()
-            script = self.script.removesuffix(".py")
-            records.record(self.run_folder(), self.name, script, self.curves, commits)
+        return path.exists() and self.seed in records.read_curve(path)
 
     def __call__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +214,7 @@ def main(argv=None):
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        if job.finished():
+        if job.finished() and not job.recorded():
             job.record()  # as after a first time without --pin
     codes = run_on_cluster(todo, args) if args.cluster else run_here(todo, args.jobs)
     failed = [(job, code) for job, code in zip(todo, codes, strict=True) if code != 0]
