@@ -49,8 +49,7 @@ def measure(run, episodes, horizon, seed=0):
     fresh, returns = tools.play(run, episodes)
     windows = tools.replayed(run, 2 * run.args.batch_size, length, seed)
     part = {k: v[:5000] for k, v in fresh.items()}  # rows, for every one is a start
-    few = max(2, run.args.batch_size)
-    recent = tools.replayed(run, few, length, seed, last=10 * length)
+    recent = tools.replayed(run, run.args.batch_size, length, seed, last=10 * length)
     numbers = {
         "env_id": run.args.env_id, "script": run.script.__name__, "frames": run.frames,
         "updates": run.updates, "imag_horizon": run.args.imag_horizon, "returns": returns,
@@ -58,8 +57,11 @@ def measure(run, episodes, horizon, seed=0):
         "replay": tools.horizon_curves(run, windows, horizon),
         "optimism": tools.optimism(run, fresh),
         "horizons": tools.horizons(run),
-        "drift": tools.drift(run, windows, run.args.imag_horizon),
-        "recent_log_likelihood": tools.drift(run, recent, 2)["log_likelihood"],
+        "drift": {
+            "far": tools.drift(run, windows, run.args.imag_horizon),
+            "log_likelihood": tools.log_likelihood(run, windows),
+        },
+        "recent_log_likelihood": tools.log_likelihood(run, recent),
         "health": tools.health(run, windows),
     }  # fmt: skip
     numbers["predictable"] = {k: tools.predictable(numbers[k]) for k in ("fresh", "replay")}

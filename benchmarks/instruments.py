@@ -265,8 +265,7 @@ def followed(run, batch, values):
     for t in reversed(range(len(reward))):
         last = t + 1 == len(reward) or bool(first[t + 1])
         if last:
-            cut = 0.0 if ends[t] else 1.0
-            returns[t], share[t] = (reward[t], 0) if ends[t] else (values[t], cut)
+            returns[t], share[t] = (reward[t], 0) if ends[t] else (values[t], 1)
         else:
             returns[t] = reward[t] + gamma * returns[t + 1]
             share[t] = gamma * share[t + 1]
@@ -340,19 +339,23 @@ def horizons(run):
 
 
 @torch.no_grad()
-def drift(run, windows, horizon):
-    """How far the policy has gone from what the model was trained on: a dict of numbers.
+def log_likelihood(run, windows):
+    """Of the windows' actions under the present policy, the median."""
+    feat = run.rssm.feat(observe(run, windows)[0])
+    dist, real = run.agent["actor"](feat[:-1]), windows["is_first"][1:] == 0
+    return float(dist.log_prob(windows["action"][1:])[real].median())
 
-    log_likelihood: of the windows' actions under the present policy, the median. far: the share of
-    states dreamt `horizon` steps ahead whose nearest posterior state of the windows is farther
-    than 95 % of posterior states are from theirs in other windows. The distance is Euclidean, of
-    features scaled to unit variance.
+
+@torch.no_grad()
+def drift(run, windows, horizon):
+    """How far the policy has gone from what the model was trained on.
+
+    The share of states dreamt `horizon` steps ahead whose nearest posterior state of the windows
+    is farther than 95 % of posterior states are from theirs in other windows. The distance is
+    Euclidean, of features scaled to unit variance.
     """
     post, _ = observe(run, windows)
     feat = run.rssm.feat(post)
-    dist = run.agent["actor"](feat[:-1])
-    real = windows["is_first"][1:] == 0
-    result = {"log_likelihood": float(dist.log_prob(windows["action"][1:])[real].median())}
     half = feat.shape[1] // 2
     assert half, "it takes two windows"
     mean, std = feat.flatten(0, 1).mean(0), feat.flatten(0, 1).std(0) + 1e-6
@@ -364,7 +367,7 @@ def drift(run, windows, horizon):
     torch.manual_seed(0)
     dreamt, _ = run.rssm.imagine(run.agent["actor"], starts, horizon)
     far = torch.cdist((dreamt[-1] - mean) / std, known).min(1).values
-    return result | {"far": float((far > usual.quantile(0.95)).float().mean())}
+    return float((far > usual.quantile(0.95)).float().mean())
 
 
 def average(post):
