@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import fcntl
-import importlib
 import io
 import json
 import os
@@ -15,26 +14,27 @@ import threading
 import time
 import typing
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import ale_py  # noqa: F401  registers the Atari games
 import cv2
 import gymnasium as gym
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import typeguard
 import tyro
 import yaml
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, flatten_space, unflatten
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 Count, Share = typing.Annotated[int, 1, 2**31 - 1], typing.Annotated[float, 0, 1]  # least, most
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 SIZE = 64  # height and width of images, as in both papers
-CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every
-    checkpoint_every capture_video track cuda threads graph compile""".split()  # on --resume
+CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes video_every track
+    diagnose_every checkpoint_every capture_video cuda threads graph compile""".split()
 
 
 class UserError(Exception):
@@ -89,7 +89,7 @@ def parse_args(cls, presets, argv=None):
         if run and value != default[name] and name not in (*CHANGEABLE, given.evaluate and "seed"):
             raise UserError(f"{flag} cannot change in a run that exists")
     with explain("--track needs pip install wandb", ImportError):
-        importlib.import_module("wandb") if args.track else None
+        import_module("wandb") if args.track else None
     return args
 
 
@@ -278,9 +278,8 @@ class Replay:
         self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
         self.written = self.map("written", (1, 2), np.int64, fresh)[0]  # rows ever, capacity
         grows = self.written[0] <= self.written[1]  # a ring that has come round keeps its size
-        self.capacity, self.data = int(max(self.written[1], capacity * grows)), {}
-        for name, (shape, dtype) in shapes.items():
-            self.data[name] = self.map(name, (self.capacity, num_envs, *shape), dtype, fresh)
+        rows = self.capacity = int(max(self.written[1], capacity * grows))
+        self.data = {k: self.map(k, (rows, num_envs, *s), t, fresh) for k, (s, t) in shapes.items()}
         self.written[1] = self.capacity  # at last, so that growth on a full disk can be given up
 
     def map(self, name, shape, dtype, fresh):
@@ -475,9 +474,8 @@ class Logger:
 
     def __init__(self, run, args, frames=0, seconds=0.0, size=0):
         if args["track"]:
-            project = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
-            wandb = importlib.import_module("wandb")
-            wandb.init(**project, name=run.name, config=args, sync_tensorboard=True)
+            names = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
+            sys.modules["wandb"].init(**names, name=run.name, config=args, sync_tensorboard=True)
         (new := run / "args.new.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
         new.replace(run / "args.yaml")
         self.run, self.began = run, time.time() - seconds
@@ -490,31 +488,33 @@ class Logger:
 
     def log(self, metrics, frames, updates):
         """Writes a row; metrics: dict of tag -> number; losses get the speed of the whole run."""
-        seconds = time.time() - self.began
+        took = time.time() - self.began
         if "losses/model" in metrics:
-            metrics["charts/SPS"] = frames / seconds
-            metrics["time/updates_per_second"] = updates / seconds
+            metrics |= {"charts/SPS": frames / took, "time/updates_per_second": updates / took}
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, frames)
-        row = {"frames": frames, "updates": updates, "seconds": round(seconds, 3)}
+        row = {"frames": frames, "updates": updates, "seconds": round(took, 3)}
         self.file.write(json.dumps(row | metrics, default=float) + "\n")
         if "charts/episodic_return" in metrics:
             self.bar.set_postfix({"return": metrics["charts/episodic_return"]}, refresh=False)
 
-    def gif(self, tag, video, frames):
-        """To TensorBoard and the run folder's videos/; video as in `save_gif`."""
+    def diagnose(self, frames, updates, *inputs):
+        """Logs what benchmarks/instruments.py sees, unless a copied script left it behind."""
+        with contextlib.suppress(ModuleNotFoundError):
+            self.log(import_module("benchmarks.instruments").diagnose(*inputs), frames, updates)
+
+    def gif(self, tag, film, frames):
+        """To TensorBoard and the run folder's videos/; film as in `save_gif`."""
         path = self.run / "videos" / f"{tag.replace('/', '_')}_{frames}.gif"
-        save_gif(path, video)
+        save_gif(path, film)
         image = summary.Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
         value = [summary.Summary.Value(tag=tag, image=image)]
         self.writer.file_writer.add_summary(summary.Summary(value=value), frames)
 
 
-def save_gif(path, video):
-    """video: (T, H, W) or (T, H, W, 3) uint8, or (T, B, C, H, W) in [0, 1], B side by side."""
-    if torch.is_tensor(video):
-        video = (video.clamp(0, 1) * 255).byte().permute(0, 3, 1, 4, 2).flatten(2, 3)
-        video = video.squeeze(-1).cpu().numpy()
-    first, *rest = [Image.fromarray(frame) for frame in video]
+def save_gif(path, film):
+    """film: (T, H, W) or (T, H, W, 3) uint8, or (T, B, C, H, W) in [0, 1], B side by side."""
+    if torch.is_tensor(film):
+        film = (255 * film.clamp(0, 1)).byte().cpu().permute(0, 3, 1, 4, 2).flatten(2, 3).squeeze(3)
     path.parent.mkdir(exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=50, loop=0)  # ms
+    imageio.imwrite(path, np.asarray(film), duration=50, loop=0)  # ms

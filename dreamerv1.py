@@ -110,6 +110,7 @@ class Args:
     log_every: int = 10_000  # frames between rows of losses
     eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: common.Count = 1  # episodes of an evaluation
+    diagnose_every: int = 1000  # updates between looks at how far dreams hold, 0 is never
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
     capture_video: bool = False  # film how each evaluation begins
@@ -606,6 +607,8 @@ def main(args):
                 metrics = learn(batch)
                 guard.watch(updates, metrics)
                 updates += 1
+                if common.crossed(updates - 1, updates, args.diagnose_every):
+                    logger.diagnose(frames, updates, agent, batch, args)
                 continue
 
             if pending:

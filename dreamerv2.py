@@ -109,6 +109,7 @@ class Args:
     log_every: int = 10_000  # frames between rows of losses
     eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: common.Count = 1  # episodes of an evaluation
+    diagnose_every: int = 1000  # updates between looks at how far dreams hold, 0 is never
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
     capture_video: bool = False  # film how each evaluation begins
@@ -480,12 +481,10 @@ class WorldModel(nn.Module):
     def kl_loss(self, post, prior):
         """Alg. 2: most of the KL trains the prior towards the posterior -> loss (), KL (T, B)."""
         free, alpha = self.args.free_nats, self.args.kl_balance
-        if alpha == 0.5:  # the plain KL, as the authors have it
-            kl = self.rssm.kl(post, prior)
-            return kl.clamp(min=free).mean(), kl
-        kl = to_post = self.rssm.kl(common.detach(post), prior)
-        to_prior = self.rssm.kl(post, common.detach(prior))
-        if self.args.free_avg:
+        stop = dict if alpha == 0.5 else common.detach  # the plain KL then, as the authors have it
+        kl = to_post = self.rssm.kl(stop(post), prior)
+        to_prior = self.rssm.kl(post, stop(prior))
+        if self.args.free_avg and alpha != 0.5:
             to_post, to_prior = to_post.mean(), to_prior.mean()
         loss = alpha * to_post.clamp(min=free) + (1 - alpha) * to_prior.clamp(min=free)
         return loss.mean(), kl
@@ -666,6 +665,8 @@ def main(args):
                 if updates % args.slow_update == 0:
                     agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
                 updates += 1
+                if common.crossed(updates - 1, updates, args.diagnose_every):
+                    logger.diagnose(frames, updates, agent, batch, args)
                 continue
 
             if pending:

@@ -2,6 +2,8 @@
 
 Everything here reads: a run that is still training is not disturbed, since the replay is mapped
 without its lock and the checkpoint is the last whole one. Nothing from the folder is executed.
+The scripts themselves log `diagnose` every --diagnose-every updates, through common.Logger. It is
+here, and not in them, because no paper has it and nobody needs it to follow the algorithm.
 """
 
 import importlib.util
@@ -28,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 class Run:
     """A run folder with its agent."""
 
-    folder: Path
+    folder: Path | None
     script: ModuleType
     args: Any
     agent: torch.nn.ModuleDict
@@ -229,7 +231,7 @@ def horizon_curves(run, batch, horizon, images=256):
             goes_on = 1 - ends[h:]
             note("continuation", (continuation(run, feat) - goes_on).square()[valid].mean())
             note("continuation_trivial", (rate - goes_on).square()[valid].mean())
-        if keys:  # of some pairs, for decoding is dear
+        if keys and images:  # of some pairs, for decoding is dear
             picked = torch.as_tensor(rng.permutation(int(valid.sum()))[:images])
             recon = run.model.decoder(feat[valid][picked])
             for key in keys:
@@ -256,19 +258,17 @@ def predictable(curves, name="reward"):
 def followed(run, batch, values):
     """Discounted returns that really followed, with the reward of arriving as the values have it.
 
-    (T, 1) stream of whole episodes -> returns (T,), and the share of each that is a value: where
-    only time ran out, the last state's value stands for what would have come.
+    (T, B) rows, values (T, B) -> returns (T, B), and the share of each that is a value: where time
+    ran out, or the rows end, the last state's value stands for what would have come.
     """
-    reward, gamma = rewards(run, batch)[:, 0], run.args.gamma
-    first, ends = batch["is_first"][:, 0] != 0, batch["is_terminal"][:, 0] != 0
-    returns, share = torch.zeros_like(reward), torch.zeros_like(reward)
-    for t in reversed(range(len(reward))):
-        last = t + 1 == len(reward) or bool(first[t + 1])
-        if last:
-            returns[t], share[t] = (reward[t], 0) if ends[t] else (values[t], 1)
-        else:
-            returns[t] = reward[t] + gamma * returns[t + 1]
-            share[t] = gamma * share[t + 1]
+    reward, gamma = rewards(run, batch), run.args.gamma
+    first, ends = batch["is_first"] != 0, batch["is_terminal"] != 0
+    returns, share = torch.where(ends, reward, values), (~ends).float()  # of last rows
+    for t in reversed(range(len(reward) - 1)):
+        goes_on = ~first[t + 1]
+        later = reward[t] + gamma * returns[t + 1]
+        returns[t] = torch.where(goes_on, later, returns[t])
+        share[t] = torch.where(goes_on, gamma * share[t + 1], share[t])
     return returns, share
 
 
@@ -302,8 +302,9 @@ def optimism(run, batch):
     one step earlier.
     """
     post, _ = observe(run, batch)
-    values = run.agent["critic"](run.rssm.feat(post))[:, 0]
-    truth, share = followed(run, batch, values)
+    values = run.agent["critic"](run.rssm.feat(post))
+    truth, share = (x[:, 0] for x in followed(run, batch, values))
+    values = values[:, 0]
     counts = (share <= 0.5) & (batch["is_first"][:, 0] == 0)
     if not counts.any():  # every episode is short of its horizon: all states, said so
         counts = batch["is_first"][:, 0] == 0
@@ -380,13 +381,26 @@ def average(post):
     return {k: v.expand_as(post[k]) for k, v in pooled.items()}
 
 
+def collapsed(post):
+    """The share of latents whose posterior hardly depends on the state.
+
+    For categoricals, if the probabilities differ from their mean by less than 1 % (total variation,
+    mean over states); for Gaussians, if the means vary by less than a tenth of the mean standard
+    deviation.
+    """
+    if "logit" in post:
+        probs = post["logit"].softmax(-1).flatten(0, 1)
+        dead = 0.5 * (probs - probs.mean(0)).abs().sum(-1).mean(0) < 0.01
+    else:
+        means, stds = post["mean"].flatten(0, 1), post["std"].flatten(0, 1)
+        dead = means.std(0) < 0.1 * stds.mean(0)
+    return float(dead.float().mean())
+
+
 def health(run, batch):
     """Entropies, KL of each latent, collapsed latents, and the gradient norm of each module.
 
-    A latent has collapsed if its posterior hardly depends on the state: for categoricals, if the
-    probabilities differ from their mean by less than 1 % (total variation, mean over states); for
-    Gaussians, if the means vary by less than a tenth of the mean standard deviation. `uninformed`
-    is the KL of the posterior from the best guess that knows nothing: its own average.
+    `uninformed` is the KL of the posterior from the best guess that knows nothing: its own average.
     """
     with torch.no_grad():
         post, prior = observe(run, batch)
@@ -395,12 +409,7 @@ def health(run, batch):
         entropy = {}
         for name, stats in (("post", post), ("prior", prior)):
             entropy[name] = float(run.rssm.dist(stats).entropy().sum(-1).mean())
-        if "logit" in post:
-            probs = post["logit"].softmax(-1).flatten(0, 1)
-            collapsed = 0.5 * (probs - probs.mean(0)).abs().sum(-1).mean(0) < 0.01
-        else:
-            means, stds = post["mean"].flatten(0, 1), post["std"].flatten(0, 1)
-            collapsed = means.std(0) < 0.1 * stds.mean(0)
+        dead = collapsed(post)
     norms, agent = {}, run.agent
     torch.manual_seed(0)
     loss, post, _ = run.model.loss(batch)
@@ -416,7 +425,7 @@ def health(run, batch):
         norms[name] = gradient_norm(agent[name])
     agent.zero_grad()
     return {
-        "entropy": entropy, "kl": kl.tolist(), "collapsed": float(collapsed.float().mean()),
+        "entropy": entropy, "kl": kl.tolist(), "collapsed": dead,
         "gradient_norms": norms, "uninformed": float(uninformed), "latents": len(kl),
     }  # fmt: skip
 
@@ -424,3 +433,38 @@ def health(run, batch):
 def gradient_norm(module):
     grads = [p.grad.norm() for p in module.parameters() if p.grad is not None]
     return float(torch.stack(grads).norm()) if grads else 0.0
+
+
+@torch.no_grad()
+def diagnose(agent, batch, args):
+    """What the scripts log of the batch that they learned from, (T, B, ...): dict of tag -> number.
+
+    diagnose/reward_error_N, with N 1, 5 and the imagination horizon: squared error of the rewards
+    dreamt N steps ahead under the recorded actions, as in `horizon_curves`; reward_error_mean: that
+    of always saying the batch's mean reward. value_optimism: how much more the values promise than
+    what followed in the batch and the value of its last row, as a share of it; since that value
+    would carry the same bias, the difference is set against the share of rewards in what followed.
+    The actions are those of older policies, so that a policy that improves looks optimistic.
+    collapsed_latents: see `collapsed`. Learning goes on as if nobody had looked.
+    """
+    script = sys.modules[type(agent["world_model"]).__module__]
+    run = Run(None, script, args, agent, {}, {}, batch["reward"].device)
+    counts, numbers = batch["is_first"] == 0, {}
+    if not counts.any():
+        return numbers
+    gpus = [run.device] if run.device.type == "cuda" else []
+    # Compiled steps would be compiled again for each of these shapes.
+    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
+        post, _ = observe(run, batch)
+        curves = horizon_curves(run, batch, args.imag_horizon, images=0)
+    errors = curves["reward"]
+    for steps in (1, 5, args.imag_horizon):
+        if steps < len(errors):
+            numbers[f"reward_error_{steps}"] = errors[steps]
+    numbers["reward_error_mean"] = curves["reward_trivial"][0]
+    values = agent["critic"](run.rssm.feat(post))
+    truth, share = followed(run, batch, values)
+    bias = (values - truth)[counts].mean() / (1 - share)[counts].mean().clamp(min=1e-6)
+    numbers["value_optimism"] = float(bias / truth[counts].abs().mean().clamp(min=1e-6))
+    numbers["collapsed_latents"] = collapsed(post)
+    return {f"diagnose/{name}": value for name, value in numbers.items()}

@@ -102,7 +102,7 @@ def test_horizon_curves_equal_rollouts_one_by_one(run):
 def test_what_followed_equals_the_sum_by_hand(run):
     fresh, _ = tools.play(run, 3)
     values = torch.randn(len(fresh["reward"]))
-    returns, share = tools.followed(run, fresh, values)
+    returns, share = (x[:, 0] for x in tools.followed(run, fresh, values[:, None]))
     gamma, rows = run.args.gamma, len(values)
     starts = [t for t in range(rows) if fresh["is_first"][t, 0]] + [rows]
     for begin, end in itertools.pairwise(starts):
@@ -128,7 +128,7 @@ def test_optimism_is_value_less_what_followed_over_its_size(run, monkeypatch):
     # A critic that is right but for 3 that it adds, where nothing is left to guess.
     fresh["is_terminal"][:-1] = torch.roll(fresh["is_first"].float(), -1, 0)[:-1]
     fresh["is_terminal"][-1] = 1
-    truth, share = tools.followed(run, fresh, torch.zeros(len(first)))
+    truth, share = (x[:, 0] for x in tools.followed(run, fresh, torch.zeros(len(first), 1)))
     assert not share.any()
     monkeypatch.setattr(run.agent["critic"], "forward", lambda feat: truth[:, None] + 3)
     monkeypatch.setattr(tools, "imagined_returns", lambda *a: torch.zeros(1))
@@ -137,6 +137,120 @@ def test_optimism_is_value_less_what_followed_over_its_size(run, monkeypatch):
     assert numbers["bias"] == pytest.approx(3, abs=1e-4)
     assert numbers["optimism"] == pytest.approx(float(3 / real.abs().mean()), rel=1e-4)
     assert numbers["rank_correlation"] == pytest.approx(1)
+
+
+def test_what_followed_in_windows_is_that_of_each_window_alone(run):
+    windows = tools.replayed(run, 6, 12)
+    windows["is_terminal"] = windows["is_terminal"].clone()
+    windows["is_terminal"][4, 2] = 1
+    windows["is_first"][5, 2] = 1
+    values = torch.randn(12, 6)
+    together = tools.followed(run, windows, values)
+    for b in range(6):
+        alone = {k: v[:, b : b + 1] for k, v in windows.items()}
+        for x, y in zip(together, tools.followed(run, alone, values[:, b : b + 1]), strict=True):
+            assert (x[:, b : b + 1] == y).all()
+
+
+def loggable(run):
+    """A batch with an end within it, and what the scripts would log of it."""
+    batch = tools.replayed(run, 6, 12)
+    batch["is_terminal"][:, 0], batch["is_first"][:, 0] = 0, 0
+    batch["is_terminal"][7, 0] = batch["is_first"][8, 0] = 1
+    batch["reward"] = batch["reward"] + torch.randn(12, 6)
+    return batch, tools.diagnose(run.agent, batch, run.args)
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_logged_reward_errors_equal_rollouts_one_by_one(run):
+    run.args.imag_horizon = 7
+    batch, logged = loggable(run)
+    post, _ = tools.observe(run, batch)
+    first, reward, errors = batch["is_first"] != 0, batch["reward"], {1: [], 5: [], 7: []}
+    for b, t, steps in itertools.product(range(6), range(12), errors):
+        now = slice(t + 1, t + steps + 1)
+        if t + steps > 11 or first[now, b].any() or first[t + steps, b]:
+            continue
+        state = {k: post[k][t, b][None] for k in ("deter", "stoch")}
+        with torch.no_grad():
+            for action in batch["action"][now, b]:
+                state = run.rssm.img_step(state, action[None])
+            wrong = run.model.reward(run.rssm.feat(state)) - reward[t + steps, b]
+        errors[steps].append(float(wrong) ** 2)
+    for steps, values in errors.items():
+        assert len(values) > 10
+        assert logged[f"diagnose/reward_error_{steps}"] == pytest.approx(np.mean(values), rel=1e-4)
+    varies = reward[~first].var(unbiased=False)
+    assert logged["diagnose/reward_error_mean"] == pytest.approx(float(varies), rel=1e-4)
+
+
+def test_logged_optimism_is_3_where_the_critic_adds_3_times_what_followed(run, monkeypatch):
+    """The critic's mistake is in the last row's value too, and is found whole all the same."""
+    batch, _ = loggable(run)
+    zeros = torch.zeros(12, 6)
+    _, share = tools.followed(run, batch, zeros)
+    batch["reward"] = torch.ones(12, 6)
+    # V = r + gamma V', 1 at an end: the returns of a task that pays 1 until it ends.
+    right = torch.where(share == 0, tools.followed(run, batch, zeros)[0], 1 / (1 - run.args.gamma))
+    size = right[batch["is_first"] == 0].mean()
+    for added in (0.0, 3.0):
+        wrong = right + added * size
+        monkeypatch.setattr(run.agent["critic"], "forward", lambda feat, wrong=wrong: wrong)
+        truth, _ = tools.followed(run, batch, wrong)
+        scale = truth[batch["is_first"] == 0].mean()
+        logged = tools.diagnose(run.agent, batch, run.args)["diagnose/value_optimism"]
+        assert logged == pytest.approx(float(added * size / scale), abs=1e-4)
+
+
+def test_logged_collapse_counts_the_latents_that_are_the_same_everywhere(run, monkeypatch):
+    batch, logged = loggable(run)
+    post, prior = run.rssm.observe(run.model.encoder(batch), batch["action"], batch["is_first"])
+    assert 0 <= logged["diagnose/collapsed_latents"] < 1
+    stats = {k: v.detach().clone() for k, v in post.items()}
+    for key in ("logit", "mean", "std"):
+        if key in stats:
+            stats[key][:, :, 0] = stats[key][0, 0, 0]
+    monkeypatch.setattr(run.rssm, "observe", lambda *a: (stats, prior))
+    now = tools.diagnose(run.agent, batch, run.args)["diagnose/collapsed_latents"]
+    assert now == pytest.approx(logged["diagnose/collapsed_latents"] + 1 / 3)
+
+
+def test_rows_of_resets_alone_have_nothing_to_log(run):
+    batch = tools.replayed(run, 2, 5)
+    batch["is_first"] = torch.ones_like(batch["is_first"])
+    assert tools.diagnose(run.agent, batch, run.args) == {}
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "charts/SPS", "time/updates_per_second")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+@pytest.mark.parametrize("script", CASES)
+def test_a_run_that_is_diagnosed_learns_bit_for_bit_as_one_that_is_not(script, tmp_path):
+    seen = {}
+    for every in (0, 5):
+        (tmp_path / str(every)).mkdir()
+        flags = f"{TINY} {CASES[script]} --total-frames 300 --diagnose-every {every}"
+        seen[every] = rows_of(train(script, flags, tmp_path / str(every)))
+    diagnosed = [row for row in seen[5] if "diagnose/value_optimism" in row]
+    assert [row["updates"] for row in diagnosed] == list(range(5, seen[5][-1]["updates"] + 1, 5))
+    assert [row for row in seen[5] if row not in diagnosed] == seen[0]
+    assert any("losses/model" in row for row in seen[0])
+
+
+def test_a_script_that_was_copied_without_the_instruments_runs_without_them(tmp_path):
+    for name in ("dreamerv2.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    flags = f"{TINY} {CASES['dreamerv2']} --total-frames 200 --diagnose-every 5"
+    process = start("dreamerv2.py", flags, tmp_path, tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    (run,) = tmp_path.glob("runs/*")
+    rows = rows_of(run)
+    assert rows[-1]["updates"] > 5
+    assert not any(key.startswith("diagnose/") for row in rows for key in row)
 
 
 def test_windows_of_the_replay_are_rows_that_lie_in_it_one_after_another(run, folder):
