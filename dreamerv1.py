@@ -136,11 +136,13 @@ SMALL = {
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (N, C, H, W), each pixel its own."""
+class LayerNorm(nn.LayerNorm):
+    """In float32, since a CPU sums its gradient in the type of x: (..., U) or (N, C, H, W)."""
 
     def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        if self.dense:
+            return super().forward(x.float())
+        return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)  # each pixel its own
 
 
 def block(layer, args):
@@ -148,8 +150,8 @@ def block(layer, args):
     act = args.act if isinstance(layer, nn.Linear) else args.cnn_act
     modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[act](inplace=True)]
     if args.norm == "layer":
-        kind = nn.LayerNorm if isinstance(layer, nn.Linear) else ChannelNorm
-        modules.insert(1, kind(len(layer.bias), eps=1e-3))
+        modules.insert(1, LayerNorm(len(layer.bias), eps=1e-3))
+        modules[1].dense = isinstance(layer, nn.Linear)
     return nn.Sequential(*modules)
 
 
@@ -514,11 +516,10 @@ def update(agent, optimizers, batch, args):
     autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16)
     with autocast:
         model_loss, post, metrics = agent["world_model"].loss(batch)
-        losses = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
-    actor_loss, critic_loss, imagined = losses
+        *losses, imagined = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
     # The actor goes first: its gradient passes through the weights of the other two.
-    metrics["grad_norm/actor"] = common.opt_step(optimizers["actor"], actor_loss, args.clip)
-    metrics["grad_norm/critic"] = common.opt_step(optimizers["critic"], critic_loss, args.clip)
+    for name, loss in zip(("actor", "critic"), losses, strict=True):
+        metrics[f"grad_norm/{name}"] = common.opt_step(optimizers[name], loss, args.clip)
     metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
     return metrics | imagined
 

@@ -1,8 +1,7 @@
 """DreamerV2: Hafner et al., "Mastering Atari with Discrete World Models", arXiv 2010.02193.
 
-This is DreamerV1 with categorical latents and straight-through gradients, KL balancing, REINFORCE
-for discrete actions, an entropy bonus, a slow critic, and a GRU with layer norm. Where the paper
-and the authors' code disagree we follow the code.
+This is DreamerV1 with categorical latents, KL balancing, REINFORCE for discrete actions, an entropy
+bonus, a slow critic and a GRU with layer norm. Where paper and code disagree we follow the code.
 
     python dreamerv2.py --env-id CartPole-v1                # learns in minutes on a laptop
     python dreamerv2.py --env-id PongNoFrameskip-v4         # the paper's agent
@@ -137,19 +136,21 @@ SMALL = {
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (N, C, H, W), each pixel its own."""
+class LayerNorm(nn.LayerNorm):
+    """In float32, since a CPU sums its gradient in the type of x: (..., U) or (N, C, H, W)."""
 
     def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        if self.dense:
+            return super().forward(x.float())
+        return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)  # each pixel its own
 
 
 def block(layer, args):
     """A linear or convolutional layer, its norm and its activation."""
     modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[args.act](inplace=True)]
     if args.norm == "layer":
-        kind = nn.LayerNorm if isinstance(layer, nn.Linear) else ChannelNorm
-        modules.insert(1, kind(len(layer.bias), eps=1e-3))
+        modules.insert(1, LayerNorm(len(layer.bias), eps=1e-3))
+        modules[1].dense = isinstance(layer, nn.Linear)
     return nn.Sequential(*modules)
 
 
@@ -580,10 +581,9 @@ def update(agent, optimizers, batch, args):
         model_loss, post, metrics = agent["world_model"].loss(batch)
     metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
     with autocast:  # imagines with the model after its step, from states before it
-        losses = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
-    actor_loss, critic_loss, imagined = losses
-    metrics["grad_norm/actor"] = common.opt_step(optimizers["actor"], actor_loss, args.clip)
-    metrics["grad_norm/critic"] = common.opt_step(optimizers["critic"], critic_loss, args.clip)
+        *losses, imagined = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
+    for name, loss in zip(("actor", "critic"), losses, strict=True):
+        metrics[f"grad_norm/{name}"] = common.opt_step(optimizers[name], loss, args.clip)
     return metrics | imagined
 
 

@@ -180,8 +180,8 @@ def test_act_is_for_dense_layers_and_cnn_act_for_convolutions(act, cnn_act, norm
     for layer, *norms, activation in hidden:
         dense = isinstance(layer, nn.Linear)
         assert type(activation) is ACTIVATIONS[act if dense else cnn_act]
-        kind = nn.LayerNorm if dense else dreamerv1.ChannelNorm
-        assert [type(m) for m in norms] == ([kind] if norm == "layer" else [])
+        assert [m.dense for m in norms] == ([dense] if norm == "layer" else [])
+        assert all(isinstance(m, nn.LayerNorm) for m in norms)
         assert all(m.eps == 1e-3 and m.normalized_shape == layer.bias.shape for m in norms)
 
 

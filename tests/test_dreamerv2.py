@@ -639,8 +639,9 @@ def test_act_and_norm_apply_to_every_hidden_layer_and_to_no_output(act, norm):
         assert isinstance(out, nn.Linear | nn.ConvTranspose2d)
 
 
-def test_channel_norm_is_a_layer_norm_over_the_channels_of_each_pixel():
-    norm, x = dreamerv2.ChannelNorm(5, eps=1e-3), 4 * torch.randn(3, 5, 2, 7) + 1
+def test_the_norm_of_a_convolution_is_over_the_channels_of_each_pixel():
+    conv = dreamerv2.block(nn.Conv2d(3, 5, 4), dreamerv2.Args(norm="layer"))
+    norm, x = conv[1], 4 * torch.randn(3, 5, 2, 7) + 1
     norm.weight.data.normal_()
     norm.bias.data.normal_()
     y = norm(x)
