@@ -131,7 +131,7 @@ SMALL = {
     "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000,
     "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
     "stoch": 16, "discount_layers": 2, "critic_layers": 2, "cnn_act": "silu", "free_nats": 0.0,
-    "expl_decay": 3000, "train_steps": 1,
+    "expl_decay": 3000, "train_steps": 1, "diagnose_every": 200,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 

@@ -131,7 +131,7 @@ SMALL = {
     "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000,
     "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
     "grayscale": False, "favor_ends": False, "stoch": 8, "classes": 8, "gamma": 0.99,
-    "imag_horizon": 10, "slow_update": 25, "pretrain": 100,
+    "imag_horizon": 10, "slow_update": 25, "pretrain": 100, "diagnose_every": 200,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
