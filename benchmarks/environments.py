@@ -1,0 +1,177 @@
+"""Tries every world of the README's table: 2,000 frames with updates, and how fast it steps.
+
+    python benchmarks/environments.py                       # those whose packages are there
+    python benchmarks/environments.py Crafter Procgen --json benchmarks/environments.json
+
+A row is tried with small networks, for it is the world that is on trial: it has to reach its last
+frame with finite losses, and to say how its episodes end. With --json the rows replace those of
+the same names in the file. Frames include action repeat; actions are random where speed is
+measured: one environment, eight in turn, eight in processes, and for Atari eight in the threads of
+ale-py's own vector environment, which has the same images and rewards.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+TINY = """--total-frames 2000 --prefill 400 --pretrain 5 --batch-size 4 --batch-length 16 --deter 64
+    --hidden 64 --units 64 --cnn-depth 8 --stoch 8 --classes 8 --imag-horizon 5 --log-every 500
+    --eval-every 0 --eval-episodes 1 --video-every 0 --threads 1""".split()
+WORLDS = {  # name: id, flags, packages of its own
+    "Atari": ("ALE/Pong-v5", "--sticky-prob 0.25", "ale-py"),
+    "dm_control, pixels": ("dm_control/walker-walk-v0", "", "dm_control"),
+    "dm_control, vectors": ("dm_control/walker-walk-v0", "--observation vector", "dm_control"),
+    "Classic control": ("CartPole-v1", "", ""),
+    "MuJoCo, Humanoid": ("Humanoid-v5", "", "mujoco"),
+    "MuJoCo, HalfCheetah": ("HalfCheetah-v5", "", "mujoco"),
+    "Crafter": ("benchmarks.worlds:Crafter-v0", "", "crafter"),
+    "MiniGrid": ("benchmarks.worlds:minigrid-Empty-5x5-v0", "", "minigrid"),
+    "MinAtar": ("benchmarks.worlds:minatar-breakout-v1", "", "minatar"),
+    "Memory Maze": ("benchmarks.worlds:MemoryMaze-9x9-v0", "", "memory-maze"),
+    "Procgen": ("benchmarks.worlds:procgen-coinrun-v0", "", "procgen-mirror"),
+    "Brax": ("benchmarks.worlds:brax-inverted_pendulum-v0", "", "brax"),
+}
+
+
+def installed(package):
+    try:
+        return version(package) if package else ""
+    except PackageNotFoundError:
+        return None
+
+
+def train(env_id, flags):
+    """A run of 2,000 frames -> what its log says."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            str(ROOT / "dreamerv2.py"),
+            "--env-id",
+            env_id,
+            *TINY,
+            *flags.split(),
+        ]
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+        if done.returncode:
+            return {"failed": done.stderr.strip().splitlines()[-1][:300]}
+        (log,) = Path(folder).glob("runs/*/metrics.jsonl")
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [v for row in rows for k, v in row.items() if k.startswith("losses/")]
+    assert losses, "no update was made"
+    assert all(map(math.isfinite, losses)), losses
+    lengths = [row["charts/episodic_length"] for row in rows if "charts/episodic_length" in row]
+    last = rows[-1]
+    return {"frames": last["frames"], "updates": last["updates"], "episodes": len(lengths)}
+
+
+def stepping(env_id, flags, count, parallel, seconds):
+    """Frames per second of random actions, resets included."""
+    words = flags.split()
+    preset = common.preset_name(env_id, "vector" if "vector" in words else "auto")
+    repeat = {"atari": 4, "dmc_pixels": 2, "dmc_vector": 2, "other": 1}[preset]
+    options = {"observation": "vector" if "vector" in words else "auto", "action_repeat": repeat}
+    options |= {"grayscale": preset == "atari", "time_limit": 108_000 if preset == "atari" else 0}
+    envs = common.make_envs(count, parallel, env_id=env_id, seed=1, **options)
+    rng, done = np.random.default_rng(0), np.ones(count, bool)
+    try:
+        row, done, _ = common.step_rows(envs, np.zeros(envs.action_space.shape), done)
+        frames, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+            frames += repeat * int((1 - row["is_first"]).sum())
+        return round(frames / (time.perf_counter() - began))
+    finally:
+        envs.close()
+
+
+def vectorized_atari(game, count, seconds):
+    """The same of ale-py's own vector environment, with our preprocessing."""
+    from ale_py.vector_env import AtariVectorEnv
+
+    options = {"repeat_action_probability": 0.25, "use_fire_reset": False, "stack_num": 1}
+    envs = AtariVectorEnv(
+        game, count, img_height=64, img_width=64, reward_clipping=False, **options
+    )
+    rng, frames = np.random.default_rng(0), 0
+    envs.reset(seed=1)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        envs.step(rng.integers(envs.single_action_space.n, size=count))
+        frames += 4 * count
+    return round(frames / (time.perf_counter() - began))
+
+
+def table(record):
+    """The rows as a Markdown table."""
+    lines = [
+        "| world | `--env-id` | pip install | tried: frames, updates, episodes | frames/s: one | "
+        "eight in turn | eight in processes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in record["worlds"].items():
+        env_id, _, package = WORLDS[name]
+        given = package and f"{package} {row['version']}"
+        extra = "" if package in ("ale-py", "dm_control", "mujoco", "") else given
+        speeds = " | ".join(f"{x:,}" for x in row["frames_per_second"].values() if x)
+        tried = f"{row['frames']:,}, {row['updates']:,}, {row['episodes']:,}"
+        lines.append(f"| {name} | `{env_id}` | {extra or '-'} | {tried} | {speeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(WORLDS)}")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of speed")
+    parser.add_argument("--json", type=Path, help="file that keeps the rows")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(WORLDS):
+        sys.exit(f"error: no world {', '.join(sorted(unknown))}, there are {', '.join(WORLDS)}")
+    record = {"worlds": {}}
+    if args.json and args.json.exists():
+        record = json.loads(args.json.read_text())
+    failed = []
+    for name in args.names or WORLDS:
+        env_id, flags, package = WORLDS[name]
+        if (found := installed(package)) is None:
+            print(f"{name}: pip install {package}")
+            continue
+        row = {"version": found, **train(env_id, flags)}
+        if "failed" in row:
+            failed.append(name)
+            print(f"{name}: {row['failed']}")
+            continue
+        options = {"one": (1, False), "eight": (8, False), "processes": (8, True)}
+        row["frames_per_second"] = {
+            k: stepping(env_id, flags, *v, args.seconds) for k, v in options.items()
+        }
+        print(name, row, flush=True)
+        record["worlds"] = {k: r for k, r in record["worlds"].items() if k != name} | {name: row}
+    record["worlds"] = {k: record["worlds"][k] for k in WORLDS if k in record["worlds"]}
+    if "Atari" in (args.names or WORLDS):
+        record["vectorized_atari"] = vectorized_atari("pong", 8, args.seconds)
+        print("eight games of Pong in ale-py's vector environment:", record["vectorized_atari"])
+    record["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    record["python"] = platform.python_version()
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
