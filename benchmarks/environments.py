@@ -90,6 +90,7 @@ def stepping(env_id, flags, count, parallel, seconds):
     rng, done = np.random.default_rng(0), np.ones(count, bool)
     try:
         row, done, _ = common.step_rows(envs, np.zeros(envs.action_space.shape), done)
+        row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)  # compiles
         frames, began = 0, time.perf_counter()
         while time.perf_counter() - began < seconds:
             row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
@@ -142,6 +143,14 @@ def main(argv=None):
     if unknown := set(args.names) - set(WORLDS):
         sys.exit(f"error: no world {', '.join(sorted(unknown))}, there are {', '.join(WORLDS)}")
     record = {"worlds": {}}
+
+    def keep():
+        record["worlds"] = {k: record["worlds"][k] for k in WORLDS if k in record["worlds"]}
+        record["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        record["python"] = platform.python_version()
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
     if args.json and args.json.exists():
         record = json.loads(args.json.read_text())
     failed = []
@@ -160,15 +169,12 @@ def main(argv=None):
             k: stepping(env_id, flags, *v, args.seconds) for k, v in options.items()
         }
         print(name, row, flush=True)
-        record["worlds"] = {k: r for k, r in record["worlds"].items() if k != name} | {name: row}
-    record["worlds"] = {k: record["worlds"][k] for k in WORLDS if k in record["worlds"]}
+        record["worlds"][name] = row
+        keep()
     if "Atari" in (args.names or WORLDS):
         record["vectorized_atari"] = vectorized_atari("pong", 8, args.seconds)
         print("eight games of Pong in ale-py's vector environment:", record["vectorized_atari"])
-    record["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    record["python"] = platform.python_version()
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        keep()
     print(table(record))
     return 1 if failed else 0
 
