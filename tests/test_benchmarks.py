@@ -200,6 +200,7 @@ def test_each_card_has_the_hyperparameters_of_its_task():
         told, args = task["card"]["args"], vars(args_of(task))
         assert len(set(told) & set(args)) > 50  # of older commits, some flags are gone or lacking
         differing = {k for k in set(told) & set(args) if told[k] != args[k]}
+        differing -= {"diagnose_every"}  # nothing that is learned depends on it
         assert not differing, task["name"]
         assert task["card"]["command"].startswith(f"python {task['command'].split(' --')[0]}")
 
