@@ -31,6 +31,7 @@ import common
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem;
        color: #222; background: #fff; }
+h1 { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; vertical-align: top; }
 .pixels { image-rendering: pixelated; width: 100%; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -196,7 +197,7 @@ def draw_latents(run, batch):
     else:
         image, label = post["mean"][:, 0].T, "latent (mean)"
     figure, axis = pyplot.subplots(figsize=(9, 3.4))
-    mesh = axis.imshow(image.cpu(), aspect="auto", interpolation="nearest", cmap="viridis")
+    mesh = axis.imshow(image.cpu().numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
     figure.colorbar(mesh)
     axis.set_xlabel("step of an episode")
     axis.set_ylabel(label)
@@ -210,8 +211,8 @@ def draw_vectors(run, batch, context, horizon):
     first = (batch["is_first"][:, 0] != 0).nonzero()[:, 0].tolist()
     end = min([*first[1:2], len(batch["reward"]), context + horizon])
     part = {k: v[:end] for k, v in batch.items()}
-    dreamt = run.model.decoder(dream_features(run, part, context))["vector"][:, 0].detach().cpu()
-    truth = part["vector"][:, 0].cpu()
+    dreamt = run.model.decoder(dream_features(run, part, context))["vector"]
+    dreamt, truth = (x[:, 0].detach().cpu().numpy() for x in (dreamt, part["vector"]))
     count = min(truth.shape[1], 6)
     figure, axes = pyplot.subplots(count, 1, figsize=(9, 1.3 * count), sharex=True, squeeze=False)
     for i, axis in enumerate(axes[:, 0]):
