@@ -169,6 +169,8 @@ def draw_three(numbers, log):
     first.set_xlabel("steps with eyes closed")
     first.set_ylabel("share of the trivial error")
     first.set_ylim(0, max(1.2, min(3, ratio.max())))
+    if numbers["predictable"]["fresh"] is None:
+        first.text(0.5, 0.8, "rewards do not vary", transform=first.transAxes, ha="center")
     rows = [row for row in log if "imag/value" in row]
     for key, label in (("imag/value", "value"), ("imag/return", "imagined return")):
         second.plot([row["frames"] for row in rows], [row[key] for row in rows], label=label)
