@@ -1,8 +1,8 @@
 """DreamerV1: Hafner et al., "Dream to Control", arXiv 1912.01603.
 
 A world model with Gaussian latents learns from pixels or vectors. Actor and critic learn inside it,
-the actor by the gradient of imagined returns through the learned dynamics. Where the paper
-and the authors' code disagree we follow the code.
+the actor by the gradient of imagined returns through the learned dynamics. Where paper and code
+disagree we follow the code.
 
     python dreamerv1.py --env-id Pendulum-v1                # learns in minutes on a laptop
     python dreamerv1.py --env-id dm_control/walker-walk-v0  # the paper's agent
