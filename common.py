@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import io
+import itertools
 import json
 import os
 import shutil
@@ -30,6 +31,11 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, flatten_
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
+from distributed import (  # noqa: F401  some for the scripts
+    RANK, WORLD, Interrupt, UserError, average, average_gradients, begun, everyone, exit_on_error,
+    explain, gather_state, join, make_folders, own_folder, own_state
+)  # fmt: skip
+
 Count, Share = typing.Annotated[int, 1, 2**31 - 1], typing.Annotated[float, 0, 1]  # least, most
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 SIZE = 64  # height and width of images, as in both papers
@@ -37,39 +43,15 @@ CHANGEABLE = """resume evaluate total_frames log_every eval_every eval_episodes 
     diagnose_every checkpoint_every capture_video cuda threads graph compile""".split()
 
 
-class UserError(Exception):
-    """Something the user can mend, said in one line."""
-
-
-@contextlib.contextmanager
-def explain(text, *errors, kind=UserError):
-    """Turns the errors into a UserError of one line that begins with the text."""
-    try:
-        yield
-    except errors as error:
-        raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
-
-
 def explain_env(spec, seed, index, begun):
     which = f"environment {index} of {getattr(spec, 'id', spec)} (seed {seed}, episode {begun - 1})"
     return explain(f"{which} failed", Exception, kind=ChildProcessError)
 
 
-@contextlib.contextmanager
-def exit_on_error():
-    """Says in one line what the user can mend (exit code 2) and what else ended the run (1)."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2 if type(error) is UserError else 1)
-
-
 def parse_args(cls, presets, argv=None):
     """Fills the dataclass `cls` from argv, else the run folder given, else the preset of the id."""
     argv = sys.argv[1:] if argv is None else argv
+    argv = [*argv, "--resume", run] if (run := begun()) else argv
     given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
     default = {"env_id": given.env_id, **presets[preset_name(given.env_id, given.observation)]}
     if run := given.resume or given.evaluate:
@@ -95,12 +77,12 @@ def parse_args(cls, presets, argv=None):
 
 def new_run(args, size):
     """Makes runs/{env_id}__{exp_name}__{seed}__{time}, or UserError if `size` GiB are not free."""
-    if size > (free := shutil.disk_usage(".").free / 2**30):
+    if (size := size * WORLD) > (free := shutil.disk_usage(".").free / 2**30):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
-    run = Path("runs") / name.replace("/", "-").replace(":", "-")
-    (run / "replay").mkdir(parents=True)
-    return run
+    if RANK:
+        torch.manual_seed(args["seed"] + RANK)  # noise of its own, after first weights for all
+    return make_folders(Path("runs") / name.replace("/", "-").replace(":", "-"))
 
 
 def preset_name(env_id, observation):
@@ -209,6 +191,7 @@ class Standard(gym.Wrapper):
 
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
     """A vector of `make_env`s, reset by the step after their last; `shapes`: what a row holds."""
+    first_index += RANK * num_envs
     keys = [(options["seed"], *key) for key in enumerate(episodes or [0] * num_envs, first_index)]
     fns = [lambda i=i, k=k: make_env(index=i, episode=k, **options) for _, i, k in keys]
     if parallel:
@@ -248,6 +231,16 @@ def step_rows(envs, action, done):
     return obs | {k: v.astype(np.float32) for k, v in row.items()}, terminated | truncated, info
 
 
+def tally(row, done, info):
+    """Agent steps just taken, a reset being none, and the episodes that ended: of all processes."""
+    ended = [
+        {f"charts/episodic_{k}": float(info["episode"][k[0]][i]) for k in ("return", "length")}
+        for i in np.flatnonzero(done)
+    ]
+    steps, ended = zip(*everyone((int((1 - row["is_first"]).sum()), ended)), strict=True)
+    return sum(steps), itertools.chain(*ended)
+
+
 def evaluate(envs, act, state, episodes, film=False):
     """Plays whole episodes, the same ones each time -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
@@ -275,7 +268,7 @@ class Replay:
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
         fresh = not any(self.folder.glob("*.npy"))
-        self.rng, self.start, self.end = np.random.default_rng(seed), 0, 0
+        self.rng, self.start, self.end = np.random.default_rng(seed + RANK), 0, 0
         self.written = self.map("written", (1, 2), np.int64, fresh)[0]  # rows ever, capacity
         grows = self.written[0] <= self.written[1]  # a ring that has come round keeps its size
         rows = self.capacity = int(max(self.written[1], capacity * grows))
@@ -352,7 +345,9 @@ def setup(seed, cuda, deterministic, threads):
         ctypes.CDLL(None).mallopt(option, value)  # or page faults take a third of an update's time
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.distributions.Distribution.set_default_validate_args(False)  # or they wait for the GPU
-    return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    join(device)
+    return device
 
 
 def detach(tensors):
@@ -364,6 +359,7 @@ def opt_step(optimizer, loss, clip):
     parameters = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)  # passes through the other networks, but leaves none there
+    average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     return norm
@@ -407,19 +403,24 @@ class FiniteGuard:
         self.first = torch.where(self.values.isfinite(), torch.inf, updates).minimum(self.first)
 
     def check(self):
-        """The last values as numbers, or FloatingPointError with the first that were not finite."""
+        """The last values, means over processes, or FloatingPointError with the first bad ones."""
         if (when := self.first.min().item()) < torch.inf:
             bad = [self.names[i] for i in (self.first == when).nonzero()]
             raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
-        return dict(zip(self.names, self.values.tolist(), strict=True)) if self.names else {}
+        values = everyone(self.values.tolist() if self.names else [])
+        return dict(zip(self.names, np.mean(values, 0).tolist(), strict=True))
 
 
 def save_checkpoint(run, parts, more):
     """Writes torch's, the parts' and `more` state; the last file becomes checkpoint.old.pt."""
     path, new, data = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt", io.BytesIO()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    rng = {"rng": [torch.get_rng_state(), *gpus]}
-    torch.save({k: part.state_dict() for k, part in parts.items()} | rng | more, data)
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    rng = {"rng": [torch.get_rng_state(), *gpu]}
+    state = {k: part.state_dict() for k, part in parts.items()} | rng | more
+    state = gather_state(state, own=("rng", "replay", "counters"))
+    if RANK:
+        return
+    torch.save(state, data)
     new.write_bytes(data.getbuffer())
     with open(new, "rb") as file:
         os.fsync(file.fileno())
@@ -435,34 +436,17 @@ def load_checkpoint(run, parts):
             if bad := zipfile.ZipFile(path).testzip():  # checks its CRC-32s
                 raise ValueError(f"{bad} is damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
+            state = own_state(state)
             for key, part in parts.items():
                 part.load_state_dict(state[key])
             torch.set_rng_state(state["rng"][0])
-            torch.cuda.set_rng_state_all(state["rng"][1 : 1 + torch.cuda.device_count()])
+            for gpu in state["rng"][1 : 1 + torch.cuda.device_count()]:
+                torch.cuda.set_rng_state(gpu)
             return state
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
                 print(f"{path} cannot be used, trying another: {error!r}"[:200], file=sys.stderr)
     raise UserError(f"no checkpoint can be read in {run}")
-
-
-class Interrupt(contextlib.AbstractContextManager):
-    """Ends the loop after a step on Ctrl-C (130; again: at once), SIGTERM (143), a failure (1)."""
-
-    def __init__(self):
-        self.code = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.code = 128 + number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, kind, error, trace):
-        if kind is ChildProcessError and not self.code:  # or the signal ended a process of its own
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            self.code = 1
-        return kind is ChildProcessError
 
 
 def crossed(before, after, every):
@@ -473,21 +457,26 @@ class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar."""
 
     def __init__(self, run, args, frames=0, seconds=0.0, size=0):
+        self.run, self.began = run, time.time() - seconds
+        wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s
+        wait |= {"total": args["total_frames"], "initial": frames, "disable": RANK > 0}
+        self.bar = tqdm(unit=" frames", **wait)
+        self.file = open(os.devnull if RANK else run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        if RANK:
+            return
+        self.file.seek(self.file.truncate(min(size, self.file.tell())))  # later rows come again
         if args["track"]:
             names = {"project": args["wandb_project_name"], "entity": args["wandb_entity"]}
             sys.modules["wandb"].init(**names, name=run.name, config=args, sync_tensorboard=True)
         (new := run / "args.new.yaml").write_text(yaml.safe_dump(args, sort_keys=False))
         new.replace(run / "args.yaml")
-        self.run, self.began = run, time.time() - seconds
         self.writer = SummaryWriter(run, purge_step=frames + 1)
         threading.excepthook = lambda thread: None  # the writer raises what its thread does
-        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self.file.seek(self.file.truncate(min(size, self.file.tell())))  # later rows come again
-        wait = {k: 0.5 if sys.stderr.isatty() else 60 for k in ("mininterval", "maxinterval")}  # s
-        self.bar = tqdm(total=args["total_frames"], initial=frames, unit=" frames", **wait)
 
     def log(self, metrics, frames, updates):
         """Writes a row; metrics: dict of tag -> number; losses get the speed of the whole run."""
+        if RANK:
+            return
         took = time.time() - self.began
         if "losses/model" in metrics:
             metrics |= {"charts/SPS": frames / took, "time/updates_per_second": updates / took}
@@ -503,8 +492,14 @@ class Logger:
         with contextlib.suppress(ModuleNotFoundError):
             self.log(import_module("benchmarks.instruments").diagnose(*inputs), frames, updates)
 
+    def close(self):
+        for closing in (self.bar, self.file, *([] if RANK else [self.writer])):
+            closing.close()
+
     def gif(self, tag, film, frames):
         """To TensorBoard and the run folder's videos/; film as in `save_gif`."""
+        if RANK:
+            return
         path = self.run / "videos" / f"{tag.replace('/', '_')}_{frames}.gif"
         save_gif(path, film)
         image = summary.Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)

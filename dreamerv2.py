@@ -486,7 +486,7 @@ class WorldModel(nn.Module):
         kl = to_post = self.rssm.kl(stop(post), prior)
         to_prior = self.rssm.kl(post, stop(prior))
         if self.args.free_avg and alpha != 0.5:
-            to_post, to_prior = to_post.mean(), to_prior.mean()
+            to_post, to_prior = common.average(to_post.mean()), common.average(to_prior.mean())
         loss = alpha * to_post.clamp(min=free) + (1 - alpha) * to_prior.clamp(min=free)
         return loss.mean(), kl
 
@@ -627,14 +627,15 @@ def main(args):
         return common.save_gif(Path(args.evaluate, "videos/evaluate.gif"), film) if film else None
 
     steps = args.total_frames // args.action_repeat
-    rows = min(args.replay_size, int(1.05 * steps) + 1000) // args.num_envs  # resets take rows too
-    if args.batch_length > min(rows, args.prefill // args.num_envs):
+    width, share = args.num_envs * common.WORLD, -(-args.batch_size // common.WORLD)
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // width  # resets take rows too
+    if args.batch_length > min(rows, args.prefill // width):
         raise common.UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
     gib = args.num_envs * sum(np.empty(*shape).nbytes for shape in shapes.values()) / 2**30  # a row
-    run = Path(args.resume) if args.resume else common.new_run(config, rows * gib)
+    run = common.own_folder(args.resume or common.new_run(config, rows * gib))
     replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, device)
     parts["replay"] = replay
-    saved = common.load_checkpoint(run, parts) if args.resume else {}
+    saved = common.load_checkpoint(args.resume, parts) if args.resume else {}
     step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
     frames = step * args.action_repeat
     envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
@@ -653,13 +654,13 @@ def main(args):
         common.save_checkpoint(run, parts, more | {"metrics": metrics | guard.check()})
 
     with common.Interrupt() as interrupt:
-        while pending or not interrupt.code:
+        while not interrupt.agreed() or pending:
             # A turn of the loop is an update, as long as one is due, or else half a step.
             due = args.pretrain + 1 + (step - args.prefill) // args.train_every
             learns = step >= args.prefill and len(replay) >= args.batch_length
             now = pending or not args.async_envs or step >= steps  # learns while others act
             if learns and updates < due and now and not interrupt.code:
-                batch = replay.sample(args.batch_size, args.batch_length, args.favor_ends)
+                batch = replay.sample(share, args.batch_length, args.favor_ends)
                 metrics = learn(batch)
                 guard.watch(updates, metrics)
                 if updates % args.slow_update == 0:
@@ -670,15 +671,14 @@ def main(args):
                 continue
 
             if pending:
-                row, done, info = pending()
-                pending = None
+                (row, done, info), pending = pending(), None
                 replay.add(row)
-                step += int((1 - row["is_first"]).sum())  # a reset costs no frame
+                taken, ended = common.tally(row, done, info)  # of all processes
+                step += taken  # a reset costs no frame
                 frames = step * args.action_repeat
                 logger.bar.update(frames - before)
-                for i in np.flatnonzero(done):
-                    ended = {k: info["episode"][k[0]][i] for k in ("return", "length")}
-                    logger.log({f"charts/episodic_{k}": ended[k] for k in ended}, frames, updates)
+                for episode in ended:
+                    logger.log(episode, frames, updates)
                 continue
 
             last, crossed = step >= steps, partial(common.crossed, before, frames)
@@ -709,7 +709,7 @@ def main(args):
     save()
     if interrupt.code:
         print(f"go on with: python {__file__} --resume {run} --env-id {args.env_id}")
-    for closing in (logger.bar, logger.file, logger.writer, eval_envs, pool):
+    for closing in (logger, eval_envs, pool):
         closing.close()
     envs.close(terminate=True)  # asks nothing of a process that may be dead
     raise SystemExit(interrupt.code)

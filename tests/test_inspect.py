@@ -241,7 +241,7 @@ def test_a_run_that_is_diagnosed_learns_bit_for_bit_as_one_that_is_not(script, t
 
 
 def test_a_script_that_was_copied_without_the_instruments_runs_without_them(tmp_path):
-    for name in ("dreamerv2.py", "common.py"):
+    for name in ("dreamerv2.py", "common.py", "distributed.py"):
         shutil.copy(ROOT / name, tmp_path)
     flags = f"{TINY} {CASES['dreamerv2']} --total-frames 200 --diagnose-every 5"
     process = start("dreamerv2.py", flags, tmp_path, tmp_path)
@@ -369,7 +369,7 @@ def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(fold
 def test_nothing_that_the_folder_holds_is_executed(folder, tmp_path):
     theirs = tmp_path / "run"
     shutil.copytree(folder, theirs)
-    for name in ("dreamerv1.py", "dreamerv2.py", "common.py", "evil.py", "instruments.py"):
+    for name in ("dreamerv2.py", "common.py", "distributed.py", "evil.py", "instruments.py"):
         (theirs / name).write_text("raise SystemExit('executed')")
     inspect(theirs, "--episodes", 1, "--horizon", 2)
     assert (theirs / "report.html").exists()

@@ -153,7 +153,8 @@ def copied(small, tmp_path):
 def mine(script, tmp_path_factory):
     """The same run by a copy of the script under another name."""
     root = tmp_path_factory.mktemp("mine")
-    shutil.copy(ROOT / "common.py", root)
+    for name in ("common.py", "distributed.py"):
+        shutil.copy(ROOT / name, root)
     shutil.copy(ROOT / script, root / "mine.py")
     return play("mine.py", f"--env-id CartPole-v1 {SMALL[script]}", root, root)
 

@@ -1,0 +1,164 @@
+"""What the processes of a run do together, and how they end: torchrun, signals, one-line errors.
+
+    torchrun --nproc-per-node 2 dreamerv2.py --env-id CartPole-v1
+
+Each process that torchrun starts has environments and a replay of its own. It learns from its
+share of the batch, with the mean of all gradients, so that the networks stay the same everywhere.
+The first one, of rank 0, logs and saves for all. Without torchrun, nothing here communicates.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+JOB = os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun, the same after a restart
+RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if JOB else (0, 1)
+
+
+class UserError(Exception):
+    """Something the user can mend, said in one line."""
+
+
+class ElsewhereError(ChildProcessError):
+    """The environments of another process failed, which has said so."""
+
+
+@contextlib.contextmanager
+def explain(text, *errors, kind=UserError):
+    """Turns the errors into a UserError of one line that begins with the text."""
+    try:
+        yield
+    except errors as error:
+        raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
+
+
+@contextlib.contextmanager
+def exit_on_error():
+    """Says in one line what the user can mend (exit code 2) and what else ended the run (1)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if type(error) is UserError else 1)
+
+
+class Interrupt(contextlib.AbstractContextManager):
+    """Ends the loop after a step on Ctrl-C (130; again: at once), SIGTERM (143), a failure (1)."""
+
+    def __init__(self):
+        self.code = self.noted = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.noted = 128 + number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self):
+        """The exit code if a process was told to end, for all of them end after the same step."""
+        self.code = max(everyone(self.noted))
+        return self.code
+
+    def __exit__(self, kind, error, trace):
+        if kind is ChildProcessError:
+            everyone(None)  # the others end here as well
+            if not self.noted:  # or the signal ended a process of its own
+                tqdm.write(f"error: {error}", file=sys.stderr)
+        failed = kind in (ChildProcessError, ElsewhereError)
+        self.code = self.code or self.noted or int(failed)
+        return failed
+
+
+def join(device):
+    """Meets the other processes, through gloo on CPUs and nccl on GPUs; one per GPU."""
+    if WORLD > 1:
+        if device.type == "cuda":
+            with explain("--nproc-per-node must not exceed the number of GPUs", RuntimeError):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
+        print(f"{WORLD} processes share each batch, its gradients, and the frames")
+
+
+def lost():
+    """What comes of a process that dies without a word: the others have to end, too."""
+    hint = "another process is gone, go on from the last checkpoint with --resume"
+    return explain(hint, RuntimeError, kind=ConnectionError)
+
+
+def everyone(value):
+    """The objects of all processes, by rank; None is that of one whose environments failed."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        with lost():
+            dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other is None and value is not None:
+                raise ElsewhereError(f"the environments of process {rank} failed")
+    return values
+
+
+def average(x):
+    """The mean of a tensor over all processes, with the gradient of this one's x."""
+    if WORLD == 1:
+        return x
+    mean = x.detach().clone()
+    with lost():
+        dist.all_reduce(mean)
+    mean /= WORLD
+    return x + (mean - x).detach() if x.requires_grad else mean
+
+
+def average_gradients(parameters):
+    """Replaces gradients by their means over all processes."""
+    if WORLD > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        vector_to_parameters(average(parameters_to_vector(grads)), grads)
+
+
+def begun():
+    """The run folder of a job that torchrun starts again, if it has left a checkpoint, or ""."""
+    if JOB in (None, "none"):  # the latter for any that were given no --rdzv-id
+        return ""
+    runs = [path.parent for path in Path("runs").glob("*/job") if path.read_text() == JOB]
+    return str(max((run for run in runs if any(run.glob("checkpoint*.pt"))), default=""))
+
+
+def make_folders(run):
+    """Makes RUN and, for other processes, RUN/rank1, RUN/rank2, ... -> RUN, the same for all."""
+    if RANK == 0:
+        for folder in (run, *(run / f"rank{rank}" for rank in range(1, WORLD))):
+            (folder / "replay").mkdir(parents=True)
+        if JOB:
+            (run / "job").write_text(JOB)
+    return everyone(run)[0]
+
+
+def own_folder(run):
+    """The part of a run folder that is this process's, or UserError if they are not as many."""
+    count = 1 + len([*Path(run).glob("rank*")])
+    if count != WORLD:
+        how = f"torchrun --nproc-per-node {count}" if count > 1 else "python, without torchrun"
+        raise UserError(f"{run} has {count} of the {WORLD} replays needed: go on with {how}")
+    return Path(run) / f"rank{RANK}" if RANK else Path(run)
+
+
+def gather_state(state, own):
+    """Adds to a checkpoint what the others have of their own, under the same names."""
+    return state | {"ranks": everyone({k: state[k] for k in own if k in state})}
+
+
+def own_state(state):
+    """A checkpoint as this process had it; when others evaluate, any will do."""
+    return state | (state.get("ranks", [{}]) * WORLD)[RANK]
