@@ -85,7 +85,13 @@ def join(device):
         if device.type == "cuda":
             with explain("--nproc-per-node must not exceed the number of GPUs", RuntimeError):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with explain("the processes cannot meet", RuntimeError, kind=ConnectionError):
+            store = next(dist.rendezvous("env://"))[0]
+            if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):  # or machines may count differently
+                # The store outlives a restart, with the addresses of the dead.
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
         print(f"{WORLD} processes share each batch, its gradients, and the frames")
