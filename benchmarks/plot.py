@@ -26,6 +26,7 @@ COLORS = {"dreamerv1": "tab:blue", "dreamerv2": "tab:orange"}
 GROUPS = {
     "cpu": "On a CPU", "gpu": "On a GPU", "bfloat16": "With bfloat16, on a CPU",
     "fast": "With bfloat16, compiled steps and overlapped environments, on a CPU",
+    "processes": "With two processes, on a CPU",
     "horizon": "Half and twice the horizon, on a CPU",
 }  # fmt: skip
 ABOUT = """# Learning curves

@@ -76,13 +76,20 @@ def device(cuda=True):
     return f"{os.cpu_count()} cores of {name}"
 
 
-def command(script, args):
+def launcher(processes):
+    """What stands between python and the script to start several processes of it."""
+    if processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+
+
+def command(script, args, processes=1):
     """The command line of a run: its id and what differs from the preset, without the seed."""
     sys.path.insert(0, str(ROOT))
     common, module = import_module("common"), import_module(script)
     preset = module.PRESETS[common.preset_name(args["env_id"], args["observation"])]
     default = asdict(module.Args()) | preset | {k: args[k] for k in ("env_id", "seed")}
-    words = [f"python {script}.py --env-id {args['env_id']}"]
+    words = ["python", *launcher(processes), f"{script}.py --env-id {args['env_id']}"]
     for key, value in args.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool) and value != default[key]:
@@ -123,6 +130,7 @@ def add(run, name, script, folder, commits):
     path = path.with_suffix(".yaml")
     card = yaml.safe_load(path.read_text()) if path.exists() else {"runs": []}
     told = card.get("args", {})
+    processes = 1 + len([*Path(run).glob("rank*")])
     others = [k for k in told.keys() & args.keys() if k != "seed" and told[k] != args[k]]
     if others and list(card["runs"]) != [r for r in card["runs"] if r["seed"] == seed]:
         raise ValueError(f"{path} is of runs with another {', '.join(others)}")
@@ -135,7 +143,7 @@ def add(run, name, script, folder, commits):
         "final_eval_return": round(round(final(log), 3), 1),
     }  # fmt: skip
     card = {
-        "command": f"{command(script, args)} --seed SEED",
+        "command": f"{command(script, args, processes)} --seed SEED",
         "runs": [runs[key] for key in sorted(runs)],
         "args": {k: v for k, v in args.items() if k != "seed"},
     }

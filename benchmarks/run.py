@@ -28,13 +28,14 @@ import records
 class Job:
     """A task with a seed, in a folder of its own; called, it runs and returns the exit code."""
 
-    def __init__(self, name, flags, seed, args):
+    def __init__(self, name, flags, seed, args, processes=1):
         self.name, self.seed, self.curves = name, seed, args.curves
+        self.processes = processes
         self.script, *flags = flags
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
         # The scripts are told how many cores are theirs; presets of small networks take one.
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+        threads = str(max(1, (os.cpu_count() or 1) // args.jobs // processes))
         self.environ = {} if args.cluster else {"OMP_NUM_THREADS": threads}
         self.process, self.stopped = None, False
 
@@ -52,7 +53,7 @@ class Job:
         if run:
             at = flags.index("--env-id")
             flags = ["--resume", str(run.relative_to(self.folder)), *flags[at : at + 2]]
-        return [sys.executable, script, *flags]
+        return [sys.executable, *records.launcher(self.processes), script, *flags]
 
     def finished(self):
         return (self.folder / "finished").exists()
@@ -128,7 +129,12 @@ def plan(args):
     if not chosen:
         sys.exit(f"error: name a task, a group ({', '.join(groups)}) or --scripts and --env-ids")
     # Seeds outside, so that every task has a first curve before any has a second.
-    return [Job(n, c + args.flags, s, args) for s in args.seeds for n, c in chosen.items()]
+    several = {name: task.get("processes", 1) for name, task in known.items()}
+    return [
+        Job(name, flags + args.flags, seed, args, several.get(name, 1))
+        for seed in args.seeds
+        for name, flags in chosen.items()
+    ]
 
 
 def run_here(jobs, count):

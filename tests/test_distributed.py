@@ -259,7 +259,9 @@ def test_a_run_folder_has_a_part_for_each_process(rank, tmp_path, monkeypatch):
             distributed.own_folder(run)
     (alone := tmp_path / "alone").mkdir()
     as_process(monkeypatch, 1, 2)
-    with pytest.raises(common.UserError, match="has 1 of the 2 replays needed: go on with python, without"):
+    with pytest.raises(
+        common.UserError, match="has 1 of the 2 replays needed: go on with python, without"
+    ):
         distributed.own_folder(alone)
 
 
