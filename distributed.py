@@ -9,11 +9,14 @@ The first one, of rank 0, logs and saves for all. Without torchrun, nothing here
 
 import atexit
 import contextlib
+import ctypes
+import itertools
 import os
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -79,6 +82,21 @@ class Interrupt(contextlib.AbstractContextManager):
         return failed
 
 
+def setup(seed, cuda, deterministic, threads):
+    """Seeds torch and returns the device; replay and environments have generators of their own."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads or torch.get_num_threads())
+    for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX: keep what is freed,
+        ctypes.CDLL(None).mallopt(option, value)  # or page faults take a third of an update's time
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.distributions.Distribution.set_default_validate_args(False)  # or they wait for the GPU
+    device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    join(device)
+    return device
+
+
 def join(device):
     """Meets the other processes, through gloo on CPUs and nccl on GPUs; one per GPU."""
     if WORLD > 1:
@@ -126,11 +144,27 @@ def average(x):
     return x + (mean - x).detach() if x.requires_grad else mean
 
 
-def average_gradients(parameters):
-    """Replaces gradients by their means over all processes."""
+def opt_step(optimizer, loss, clip):
+    """One gradient step -> the gradient's global norm before it was clipped, ()."""
+    parameters = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)  # passes through the other networks, but leaves none there
     if WORLD > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
         vector_to_parameters(average(parameters_to_vector(grads)), grads)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    return norm
+
+
+def tally(row, done, info):
+    """Agent steps just taken, a reset being none, and the episodes that ended: of all processes."""
+    ended = [
+        {f"charts/episodic_{k}": float(info["episode"][k[0]][i]) for k in ("return", "length")}
+        for i in np.flatnonzero(done)
+    ]
+    steps, ended = zip(*everyone((int((1 - row["is_first"]).sum()), ended)), strict=True)
+    return sum(steps), itertools.chain(*ended)
 
 
 def begun():

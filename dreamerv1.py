@@ -55,7 +55,7 @@ class Args:
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
     num_envs: common.Count = 1  # environments that act at once
-    async_envs: bool = False  # each of them in a process of its own
+    async_envs: bool = False  # each in a process, or Atari in a thread, of its own
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
     pixels: bool = False  # short for --observation pixels; rendered if need be
     grayscale: bool = False  # images of one channel, not three

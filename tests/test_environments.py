@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -331,6 +332,81 @@ def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id():
     assert made("PongNoFrameskip-v4", sticky_prob=0.25) == (6, 0.25)
     assert made("ALE/Pong-v5", sticky_prob=0.0) == (6, 0.0)
     assert made("PongNoFrameskip-v4", full_action_space=True) == (18, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "grayscale"), [("PongNoFrameskip-v4", True), ("ale_py:ALE/Breakout-v5", False)]
+)
+def test_atari_games_in_threads_give_the_rows_of_those_in_turn(env_id, grayscale, monkeypatch):
+    """To the bit, without no-ops and sticky actions, but for the last frame before a time limit."""
+    wrapper, vector = gym.wrappers.AtariPreprocessing, common.AtariVectorEnv
+    monkeypatch.setattr(
+        gym.wrappers, "AtariPreprocessing", lambda env, noops, *x, **kw: wrapper(env, 0, *x, **kw)
+    )
+    monkeypatch.setattr(common, "AtariVectorEnv", partial(vector, noop_max=0))
+    options = {"env_id": env_id, "seed": 5, "sticky_prob": 0.0, "grayscale": grayscale}
+    options |= {"action_repeat": 4, "time_limit": 1000}
+    ours, theirs = (common.make_envs(3, parallel, **options) for parallel in (True, False))
+    assert isinstance(ours.env, common.Games)
+    assert ours.shapes == theirs.shapes
+    assert ours.discrete is theirs.discrete is True
+    rng, done, ended, cuts = np.random.default_rng(1), np.ones(3, bool), 0, 0
+    action = np.zeros(ours.action_space.shape, np.float32)
+    for _ in range(560):
+        row, over, info = common.step_rows(ours, action, done)
+        same, done, expected = common.step_rows(theirs, action, done)
+        assert np.array_equal(over, done)
+        cut = done & (same["is_terminal"] == 0)
+        for key in same:
+            assert np.array_equal(row[key][~cut], same[key][~cut]), key
+            assert row[key].dtype == same[key].dtype
+        assert np.array_equal(row["is_terminal"], same["is_terminal"])
+        differ = (row["image"] != same["image"]).mean()
+        assert differ < 0.01
+        for i in np.flatnonzero(done):
+            ended += 1
+            for key in "rl":
+                assert info["episode"][key][i] == expected["episode"][key][i]
+        action = common.random_actions(ours, rng)
+        cuts += cut.sum()
+    assert ended > 5
+    assert cuts == ended == 6 if "Pong" in env_id else 0 < cuts < ended
+    assert np.array_equal(ours.keys, theirs.keys)
+    ours.close(terminate=True)
+    theirs.close()
+
+
+def test_atari_games_in_threads_take_the_flags_and_seeds_of_their_own(monkeypatch):
+    made, vector = [], common.AtariVectorEnv
+
+    def spy(game, count, **kwargs):
+        made.append((game, kwargs["repeat_action_probability"], kwargs["full_action_space"]))
+        return vector(game, count, **kwargs)
+
+    monkeypatch.setattr(common, "AtariVectorEnv", spy)
+    first = []
+    for env_id, options, wanted in (
+        ("PongNoFrameskip-v4", {}, ("pong", 0.0, False)),
+        ("ALE/Pong-v5", {}, ("pong", 0.25, False)),
+        ("ALE/Pong-v5", {"sticky_prob": 0.0, "full_action_space": True}, ("pong", 0.0, True)),
+        ("ALE/Pong-v5", {"episodes": [7, 8]}, ("pong", 0.25, False)),
+        ("ALE/Pong-v5", {"episodes": [7, 8]}, ("pong", 0.25, False)),
+    ):
+        envs = common.make_envs(2, True, env_id=env_id, seed=5, action_repeat=4, **options)
+        assert made[-1] == wanted
+        assert envs.shapes["action"][0] == ((18,) if wanted[2] else (6,))
+        done, rows = np.ones(2, bool), []
+        for _ in range(40):
+            action = np.eye(envs.shapes["action"][0][0])[[2, 3]]
+            row, done, _ = common.step_rows(envs, action, done)
+            rows.append(row["image"].copy())
+        first.append(np.array(rows))
+        assert not np.array_equal(first[-1][:, 0], first[-1][:, 1])
+        envs.close(terminate=True)
+    assert np.array_equal(first[3], first[4])
+    assert not np.array_equal(first[1], first[3])  # other episodes, other no-ops
+    with pytest.raises(common.UserError, match="--observation vector does not fit"):
+        common.make_envs(2, True, env_id="ALE/Pong-v5", seed=5, observation="vector")
 
 
 def test_atari_episodes_begin_with_up_to_30_no_ops():
