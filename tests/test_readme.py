@@ -14,6 +14,7 @@ import dreamerv2
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [dreamerv1, dreamerv2]
+TORCHRUN = {"--max-restarts", "--rdzv-id"}  # of torchrun's own flags, those in the text
 
 
 def between(name):
@@ -44,7 +45,8 @@ def flags_of(script):
 def flags_in(text):
     """The flags that a text names, but for those in commands of the tools in benchmarks."""
     text = re.sub(r"(python benchmarks/\w+|`\w+)\.py .*", "", text)
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--logdir"}
+    text = re.sub(r"#SBATCH .*|torchrun --(?:[^`\n]|\\\n)*?(?=`|dreamerv)", "", text)
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--logdir", *TORCHRUN}
 
 
 def names_in(text):
