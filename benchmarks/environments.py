@@ -6,11 +6,12 @@
 A row is tried with small networks, for it is the world that is on trial: it has to reach its last
 frame with finite losses, and to say how its episodes end. With --json the rows replace those of
 the same names in the file. Frames include action repeat; actions are random where speed is
-measured: one environment, eight in turn, eight in processes, and for Atari eight in the threads of
-ale-py's own vector environment, which has the same images and rewards.
+measured: one environment, eight in turn, eight in processes, and for Atari eight in threads, which
+is what --async-envs takes there.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -79,14 +81,16 @@ def train(env_id, flags):
     return {"frames": last["frames"], "updates": last["updates"], "episodes": len(lengths)}
 
 
-def stepping(env_id, flags, count, parallel, seconds):
-    """Frames per second of random actions, resets included."""
+def stepping(env_id, flags, count, how, seconds):
+    """Frames per second of random actions, resets included; in turn, in processes or threads."""
     words = flags.split()
     preset = common.preset_name(env_id, "vector" if "vector" in words else "auto")
     repeat = {"atari": 4, "dmc_pixels": 2, "dmc_vector": 2, "other": 1}[preset]
     options = {"observation": "vector" if "vector" in words else "auto", "action_repeat": repeat}
     options |= {"grayscale": preset == "atari", "time_limit": 108_000 if preset == "atari" else 0}
-    envs = common.make_envs(count, parallel, env_id=env_id, seed=1, **options)
+    other = mock.patch.object(common, "preset_name", return_value="other")  # than threads of Atari
+    with other if how == "processes" else contextlib.nullcontext():
+        envs = common.make_envs(count, how != "turn", env_id=env_id, seed=1, **options)
     rng, done = np.random.default_rng(0), np.ones(count, bool)
     try:
         row, done, _ = common.step_rows(envs, np.zeros(envs.action_space.shape), done)
@@ -98,23 +102,6 @@ def stepping(env_id, flags, count, parallel, seconds):
         return round(frames / (time.perf_counter() - began))
     finally:
         envs.close()
-
-
-def vectorized_atari(game, count, seconds):
-    """The same of ale-py's own vector environment, with our preprocessing."""
-    from ale_py.vector_env import AtariVectorEnv
-
-    options = {"repeat_action_probability": 0.25, "use_fire_reset": False, "stack_num": 1}
-    envs = AtariVectorEnv(
-        game, count, img_height=64, img_width=64, reward_clipping=False, **options
-    )
-    rng, frames = np.random.default_rng(0), 0
-    envs.reset(seed=1)
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        envs.step(rng.integers(envs.single_action_space.n, size=count))
-        frames += 4 * count
-    return round(frames / (time.perf_counter() - began))
 
 
 def table(record):
@@ -165,7 +152,8 @@ def main(argv=None):
             failed.append(name)
             print(f"{name}: {row['failed']}")
             continue
-        options = {"one": (1, False), "eight": (8, False), "processes": (8, True)}
+        options = {"one": (1, "turn"), "eight": (8, "turn"), "processes": (8, "processes")}
+        options |= {"threads": (8, "threads")} if name == "Atari" else {}
         row["frames_per_second"] = {
             k: stepping(env_id, flags, *v, args.seconds)
             for k, v in options.items()
@@ -173,10 +161,6 @@ def main(argv=None):
         }
         print(name, row, flush=True)
         record["worlds"][name] = row
-        keep()
-    if "Atari" in (args.names or WORLDS):
-        record["vectorized_atari"] = vectorized_atari("pong", 8, args.seconds)
-        print("eight games of Pong in ale-py's vector environment:", record["vectorized_atari"])
         keep()
     print(table(record))
     return 1 if failed else 0
