@@ -63,14 +63,15 @@ def compare(pinned, new, alpha=0.01):
 
 def show(name, results):
     for r in results:
+        said = {k: records.shown(v) for k, v in r.items() if isinstance(v, float)}
         verdict = "ok"
         if r["blind"]:
-            verdict = f"cannot tell, random play with {r['untrained']:.1f} would pass"
+            verdict = f"cannot tell, random play with {said['untrained']} would pass"
         if r["short"]:
-            verdict = f"FALLS SHORT by {r['limit'] - r['new']:.1f}"
+            verdict = f"FALLS SHORT by {records.shown(r['limit'] - r['new'])}"
         print(
-            f"{name:44} {r['statistic']:4} to {r['frames']:,} frames: {r['new']:8.1f}, pinned"
-            f" {r['pinned']:.1f} +- {r['spread']:.1f}, limit {r['limit']:.1f}: {verdict}"
+            f"{name:44} {r['statistic']:4} to {r['frames']:,} frames: {said['new']:>8}, pinned"
+            f" {said['pinned']} +- {said['spread']}, limit {said['limit']}: {verdict}"
         )
 
 
@@ -125,14 +126,15 @@ def check_pinned(folder):
             continue
         for run, rows in zip(card["runs"], curves.values(), strict=True):
             last = [row for row in rows if row["kind"] == "eval"][-1]
-            facts = round(last["episode_return"], 1), last["env_frames"], last["updates"]
+            facts = records.rounded(last["episode_return"]), last["env_frames"], last["updates"]
             told = run["final_eval_return"], run["env_frames"], run["updates"]
             if facts != told:
                 wrong.append(f"{name} seed {run['seed']}: the curve ends with {facts}, not {told}")
             if run["env_frames"] < card["args"]["total_frames"]:
                 wrong.append(f"{name} seed {run['seed']} ends after {run['env_frames']:,} frames")
         print(f"{name:52} {len(curves)} seeds, tail", end=" ")
-        print(*(f"{records.tail(rows, records.last_frame(rows)):.1f}" for rows in curves.values()))
+        tails = (records.tail(rows, records.last_frame(rows)) for rows in curves.values())
+        print(*map(records.shown, tails))
     return wrong
 
 

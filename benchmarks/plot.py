@@ -95,8 +95,8 @@ def table(tasks, folder):
         hours = sorted(run["wall_hours"] for run in runs)
         hours = dict.fromkeys(f"{h:.2f}" for h in (hours[0], hours[-1]))
         link = f"[`{task['name']}`]({folder}curves/{task['name']}.yaml)"
-        cells = [link, f"{frames:,}", ", ".join(f"{x:.1f}" for x in returns)]
-        cells += [f"{statistics.mean(returns):.1f}", text, str(task.get("best", "-"))]
+        cells = [link, f"{frames:,}", ", ".join(map(records.shown, returns))]
+        cells += [records.shown(statistics.mean(returns)), text, str(task.get("best", "-"))]
         cells += [" to ".join(hours), spelled(run["commit"] for run in runs)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -140,7 +140,7 @@ def add(run, name, script, folder, commits):
         "seed": seed, "commit": ", ".join(dict.fromkeys(commits)), "device": device(args["cuda"]),
         "versions": versions, "wall_hours": round(log[-1]["seconds"] / 3600, 3),
         "env_frames": log[-1]["frames"], "updates": log[-1]["updates"],
-        "final_eval_return": round(round(final(log), 3), 1),
+        "final_eval_return": rounded(round(final(log), 3)),
     }  # fmt: skip
     card = {
         "command": f"{command(script, args, processes)} --seed SEED",
@@ -161,6 +161,19 @@ def write(path, text):
 
 def final(log):
     return [r["eval/episodic_return"] for r in log if "eval/episodic_return" in r][-1]
+
+
+def digits(ret):
+    """Decimal places of a return: one, or three where returns are small, as those of MiniGrid."""
+    return 1 if abs(ret) >= 10 else 3
+
+
+def rounded(ret):
+    return round(ret, digits(ret))
+
+
+def shown(ret):
+    return f"{ret:.{digits(ret)}f}"
 
 
 def last_frame(rows):

@@ -282,7 +282,7 @@ def test_a_grid_runs_once_and_records_a_curve_and_a_card_of_all_seeds(tmp_path):
     for entry, rows in zip(card["runs"], curves.values(), strict=True):
         last = [row for row in rows if row["kind"] == "eval"][-1]
         assert last["env_frames"] == entry["env_frames"] == 400
-        assert round(last["episode_return"], 1) == entry["final_eval_return"]
+        assert records.rounded(last["episode_return"]) == entry["final_eval_return"]
         assert entry["commit"].rstrip("+") == records.commit().rstrip("+")
     assert card["command"].startswith("python dreamerv2.py --env-id CartPole-v1 --total-frames 400")
     assert card["command"].endswith("--seed SEED")
