@@ -221,6 +221,21 @@ def test_an_environment_that_fails_in_one_process_lets_all_of_them_save(tmp_path
     assert [rank["replay"]["end"] for rank in state["ranks"]] == [4 * 26 + 8, 4 * 26 + 7]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nccl_inside_the_captured_update_learns_as_outside_of_it(script, tmp_path):
+    losses = {}
+    for graph in ("graph", "no-graph"):
+        (folder := tmp_path / graph).mkdir()
+        flags = f"{FLAGS[script]} --precision float32 --total-frames 400 --log-every 20 --{graph}"
+        finish(torchrun(script, 2, flags, folder))
+        [run] = folder.glob("runs/*")
+        losses[graph] = [row["losses/vector"] for row in rows_of(run) if "losses/vector" in row]
+    assert len(losses["graph"]) > 10
+    assert losses["graph"] == pytest.approx(losses["no-graph"], rel=0.2)
+
+
 # Without torchrun
 def as_process(monkeypatch, rank, world, job="job-7", others=None):
     """Makes this process one of several, which hears the values of `others` beside its own."""
