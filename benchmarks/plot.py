@@ -47,6 +47,12 @@ innocent.
 
 ![All curves](plots/overview.png)
 """
+STATISTICS = (records.tail, records.area)
+FINDING = """\
+Improvement survives a halved horizon on both tasks: all seeds end as well as with the preset's H;
+on CartPole the way there is longer, on Pendulum the difference lies within the spread of the seeds.
+Twice the horizon ends no better, but on Pendulum it learns in the fewest frames, each update at a
+higher cost in time."""
 
 
 def published():
@@ -110,6 +116,31 @@ def between(text, name, new=None):
     return old if new is None else f"{before}{begin}{new}\n{end}{after}"
 
 
+def by_horizon(tasks):
+    """Lists of the tasks that differ in their horizon alone, in rising order."""
+    worlds = {}
+    for task in tasks:
+        if base := task.get("horizon_of"):
+            worlds.setdefault(base, [t for t in tasks if t["name"] == base]).append(task)
+    for chosen in worlds.values():
+        chosen.sort(key=lambda task: task["card"]["args"]["imag_horizon"])
+    return worlds
+
+
+def horizons(tasks):
+    """What each horizon gives: a table of means over the seeds."""
+    lines = ["| task | H | seeds | tail of the evaluations | area under the training curve |"]
+    lines.append("|---|---|---|---|---|")
+    for base, chosen in by_horizon(tasks).items():
+        for task in chosen:
+            seeds = task["curves"].values()
+            frames = min(map(records.last_frame, seeds))
+            facts = (statistics.mean(f(r, frames) for r in seeds) for f in STATISTICS)
+            cells = [f"`{base}`", str(task["card"]["args"]["imag_horizon"]), str(len(seeds))]
+            lines.append(f"| {' | '.join([*cells, *map(records.shown, facts)])} |")
+    return "\n".join(lines)
+
+
 def write_tables(tasks):
     """Writes benchmarks/README.md and the results table of README.md."""
     readme = records.ROOT / "README.md"
@@ -127,7 +158,7 @@ def report(tasks):
             continue
         parts.append(f"## {title}\n\n{table(chosen, '')}\n")
         if group == "horizon":
-            parts.append("![Horizons](plots/horizon.png)\n")
+            parts.append(f"![Horizons](plots/horizon.png)\n\n{horizons(tasks)}\n\n{FINDING}\n")
         for task in chosen:
             runs = task["card"]["runs"]
             parts.append(f"### {task['name']}\n\n```\n{task['card']['command']}\n```\n")
@@ -209,15 +240,10 @@ def write_plots(tasks, out):
         finish(axis, chosen[0])
     save(figure, "overview")
 
-    worlds = {}
-    for task in tasks:
-        if base := task.get("horizon_of"):
-            worlds.setdefault(base, [t for t in tasks if t["name"] == base]).append(task)
-    if worlds:
+    if worlds := by_horizon(tasks):
         figure, axes = pyplot.subplots(1, len(worlds), squeeze=False)
         figure.set_size_inches(4.6 * len(worlds), 3.3)
         for axis, chosen in zip(axes.flat, worlds.values(), strict=True):
-            chosen.sort(key=lambda task: task["card"]["args"]["imag_horizon"])
             for task, color in zip(chosen, ("tab:green", "tab:orange", "tab:red"), strict=False):
                 draw(axis, task, color, f"H = {task['card']['args']['imag_horizon']}", band=False)
             finish(axis, chosen[0])
