@@ -202,7 +202,8 @@ def test_each_card_has_the_hyperparameters_of_its_task():
         differing = {k for k in set(told) & set(args) if told[k] != args[k]}
         differing -= {"diagnose_every"}  # nothing that is learned depends on it
         assert not differing, task["name"]
-        assert task["card"]["command"].startswith(f"python {task['command'].split(' --')[0]}")
+        words = ["python", *records.launcher(task.get("processes", 1)), f"{task['script']}.py "]
+        assert task["card"]["command"].startswith(" ".join(words))
 
 
 def test_the_tables_of_both_readmes_are_those_of_the_curves():
