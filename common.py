@@ -31,8 +31,9 @@ from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 from distributed import (  # noqa: F401  some for the scripts
-    RANK, WORLD, Interrupt, UserError, average, begun, everyone, exit_on_error, explain,
-    gather_state, make_folders, opt_step, own_folder, own_state, setup, tally
+    LAUNCHER, RANK, WORLD, FiniteGuard, Interrupt, UserError, agree, average, begun,
+    everyone, exit_on_error, explain, gather_state, make_folders, opt_step, own_folder,
+    own_state, setup, tally
 )  # fmt: skip
 
 Count, Share = typing.Annotated[int, 1, 2**31 - 1], typing.Annotated[float, 0, 1]  # least, most
@@ -50,7 +51,8 @@ def explain_env(spec, seed, index, begun):
 def parse_args(cls, presets, argv=None):
     """Fills the dataclass `cls` from argv, else the run folder given, else the preset of the id."""
     argv = sys.argv[1:] if argv is None else argv
-    argv = [*argv, "--resume", run] if (run := begun()) else argv
+    if (run := begun()) and not any(f.startswith(("--resume", "--evaluate")) for f in argv):
+        argv = [*argv, "--resume", run]
     given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
     default = {"env_id": given.env_id, **presets[preset_name(given.env_id, given.observation)]}
     if run := given.resume or given.evaluate:
@@ -80,8 +82,8 @@ def new_run(args, size):
         raise UserError(f"the replay takes {size:.1f} GiB of {free:.1f} free: lower --replay-size")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
     if RANK:
-        torch.manual_seed(args["seed"] + RANK)  # noise of its own, after first weights for all
-    return make_folders(Path("runs") / name.replace("/", "-").replace(":", "-"))
+        torch.manual_seed(args["seed"] + 2**32 * RANK)  # after the same first weights for all
+    return make_folders(Path("runs") / name.replace("/", "-").replace(":", "-"), args)
 
 
 def preset_name(env_id, observation):
@@ -191,8 +193,17 @@ class Standard(gym.Wrapper):
 class Games(gym.vector.VectorWrapper):
     """Atari games in threads of ale-py: what `Standard` makes of them, from faster code.
 
-    When time runs out, the last frame is missing in the maximum of two.
+    Apart from no-ops, 0 to 29, seeds of later episodes, which follow from that of the first, and
+    the last image when time runs out, where one frame is missing in the maximum of two.
     """
+
+    @staticmethod
+    def fit(env_id):
+        """Whether ale-py registered the id, as a game without options that threads do not know."""
+        spec = gym.registry.get(env_id.split(":")[-1])
+        known = "frameskip full_action_space game max_num_frames_per_episode".split()
+        known = {*known, "repeat_action_probability"}
+        return spec and spec.entry_point == "ale_py.env:AtariEnv" and spec.kwargs.keys() == known
 
     def __init__(self, keys, env_id, seed, observation="auto", grayscale=False, action_repeat=1,
                  time_limit=0, sticky_prob=None, full_action_space=False):  # fmt: skip
@@ -212,11 +223,13 @@ class Games(gym.vector.VectorWrapper):
 
     def reset(self, *, seed=None, options=None):
         seeds = [np.random.SeedSequence(key).generate_state(1)[0] >> 1 for key in self.keys]
-        obs, info = self.env.reset(seed=np.array(seeds, np.int32))
+        with explain("ale-py failed", Exception, kind=ChildProcessError):
+            obs, info = self.env.reset(seed=np.array(seeds, np.int32))
         return self.observe(obs), info
 
     def step(self, action):
-        obs, *rest = self.env.step(action.argmax(-1))
+        with explain("ale-py failed", Exception, kind=ChildProcessError):
+            obs, *rest = self.env.step(action.argmax(-1))
         return self.observe(obs), *rest
 
     def close(self, **kwargs):
@@ -228,12 +241,11 @@ class Games(gym.vector.VectorWrapper):
 
 def make_envs(num_envs, parallel=False, first_index=0, episodes=None, **options):
     """A vector of `make_env`s, reset by the step after their last; `shapes`: what a row holds."""
-    first_index += RANK * num_envs
+    first_index = first_index or RANK * num_envs
     keys = [(options["seed"], *key) for key in enumerate(episodes or [0] * num_envs, first_index)]
     fns = [lambda i=i, k=k: make_env(index=i, episode=k, **options) for _, i, k in keys]
     table = np.array(keys)
-    kind = preset_name(options["env_id"], observation := options.get("observation", "auto"))
-    if parallel and kind == "atari" and observation != "vector":
+    if parallel and Games.fit(options["env_id"]) and options.get("observation") != "vector":
         envs = gym.wrappers.vector.RecordEpisodeStatistics(Games(table, **options))
     elif parallel:
         gym.logger.min_level = gym.logger.ERROR + 1  # explain_env says it
@@ -275,19 +287,20 @@ def step_rows(envs, action, done):
 def evaluate(envs, act, state, episodes, film=False):
     """Plays whole episodes, the same ones each time -> returns, 1000 frames if film."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
+    quota *= np.arange(envs.num_envs) % WORLD == RANK  # each process plays some of them
     for key in envs.get_attr("key"):
         key[2] = 0
     row, done, _ = step_rows(envs, np.zeros(envs.action_space.shape), np.ones(envs.num_envs, bool))
     returns, frames = [], []
     while quota.any():
-        if film and not returns and len(frames) < 1000:
+        if film and not (RANK or returns) and len(frames) < 1000:
             frames.append(envs.render()[0])
         action, state = act(row, state)
         row, done, info = step_rows(envs, action.cpu().numpy(), done)
         for i in np.flatnonzero(done & (quota > 0)):
             returns.append(info["episode"]["r"][i])
             quota[i] -= 1
-    return np.array(returns), frames
+    return np.concatenate(everyone(returns)), frames
 
 
 class Replay:
@@ -299,7 +312,7 @@ class Replay:
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
         fresh = not any(self.folder.glob("*.npy"))
-        self.rng, self.start, self.end = np.random.default_rng(seed + RANK), 0, 0
+        self.rng, self.start, self.end = np.random.default_rng(seed + 2**32 * RANK), 0, 0
         self.written = self.map("written", (1, 2), np.int64, fresh)[0]  # rows ever, capacity
         grows = self.written[0] <= self.written[1]  # a ring that has come round keeps its size
         rows = self.capacity = int(max(self.written[1], capacity * grows))
@@ -398,24 +411,6 @@ class Captured:
         return self.outputs
 
 
-class FiniteGuard:
-    """Keeps on the device when each value first was not finite, so that no update waits for it."""
-
-    names, first = (), torch.tensor(torch.inf)  # update at which each value went bad
-
-    def watch(self, updates, values):
-        self.names, self.values = list(values), torch.stack([*values.values()])
-        self.first = torch.where(self.values.isfinite(), torch.inf, updates).minimum(self.first)
-
-    def check(self):
-        """The last values, means over processes, or FloatingPointError with the first bad ones."""
-        if (when := self.first.min().item()) < torch.inf:
-            bad = [self.names[i] for i in (self.first == when).nonzero()]
-            raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
-        values = everyone(self.values.tolist() if self.names else [])
-        return dict(zip(self.names, np.mean(values, 0).tolist(), strict=True))
-
-
 def save_checkpoint(run, parts, more):
     """Writes torch's, the parts' and `more` state; the last file becomes checkpoint.old.pt."""
     path, new, data = Path(run) / "checkpoint.pt", Path(run) / "checkpoint.new.pt", io.BytesIO()
@@ -424,7 +419,7 @@ def save_checkpoint(run, parts, more):
     state = {k: part.state_dict() for k, part in parts.items()} | rng | more
     state = gather_state(state, own=("rng", "replay", "counters"))
     if RANK:
-        return
+        return everyone("rank 0 has saved")
     torch.save(state, data)
     new.write_bytes(data.getbuffer())
     with open(new, "rb") as file:
@@ -432,6 +427,7 @@ def save_checkpoint(run, parts, more):
     if path.exists():
         path.replace(path.with_name("checkpoint.old.pt"))
     new.replace(path)
+    everyone("rank 0 has saved")
 
 
 def load_checkpoint(run, parts):
@@ -445,12 +441,13 @@ def load_checkpoint(run, parts):
             for key, part in parts.items():
                 part.load_state_dict(state[key])
             torch.set_rng_state(state["rng"][0])
-            for gpu in state["rng"][1 : 1 + torch.cuda.device_count()]:
+            for gpu in state["rng"][1 : 1 + torch.cuda.is_available()]:
                 torch.cuda.set_rng_state(gpu)
-            return state
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
                 print(f"{path} cannot be used, trying another: {error!r}"[:200], file=sys.stderr)
+        else:
+            return agree(state, parts.get("replay"))
     raise UserError(f"no checkpoint can be read in {run}")
 
 
@@ -494,6 +491,8 @@ class Logger:
 
     def diagnose(self, frames, updates, *inputs):
         """Logs what benchmarks/instruments.py sees, unless a copied script left it behind."""
+        if RANK:
+            return
         with contextlib.suppress(ModuleNotFoundError):
             self.log(import_module("benchmarks.instruments").diagnose(*inputs), frames, updates)
 

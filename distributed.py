@@ -7,7 +7,6 @@ share of the batch, with the mean of all gradients, so that the networks stay th
 The first one, of rank 0, logs and saves for all. Without torchrun, nothing here communicates.
 """
 
-import atexit
 import contextlib
 import ctypes
 import itertools
@@ -23,7 +22,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 JOB = os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun, the same after a restart
-RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if JOB else (0, 1)
+RANK, WORLD = (int(os.environ.get(k, d)) if JOB else d for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+LAUNCHER = "python" if WORLD == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
 
 
 class UserError(Exception):
@@ -52,6 +52,8 @@ def exit_on_error():
         sys.exit(130)
     except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if WORLD > 1 and isinstance(error, ConnectionError):
+            os._exit(1)  # or a GPU would wait for the process that is gone
         sys.exit(2 if type(error) is UserError else 1)
 
 
@@ -74,9 +76,9 @@ class Interrupt(contextlib.AbstractContextManager):
 
     def __exit__(self, kind, error, trace):
         if kind is ChildProcessError:
-            everyone(None)  # the others end here as well
             if not self.noted:  # or the signal ended a process of its own
                 tqdm.write(f"error: {error}", file=sys.stderr)
+            everyone(None)  # the others end here as well
         failed = kind in (ChildProcessError, ElsewhereError)
         self.code = self.code or self.noted or int(failed)
         return failed
@@ -106,11 +108,10 @@ def join(device):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with explain("the processes cannot meet", RuntimeError, kind=ConnectionError):
             store = next(dist.rendezvous("env://"))[0]
-            if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):  # or machines may count differently
+            if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):  # several machines count differently
                 # The store outlives a restart, with the addresses of the dead.
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
-        atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
         print(f"{WORLD} processes share each batch, its gradients, and the frames")
 
@@ -157,6 +158,24 @@ def opt_step(optimizer, loss, clip):
     return norm
 
 
+class FiniteGuard:
+    """Keeps on the device when each value first was not finite, so that no update waits for it."""
+
+    names, first = (), torch.tensor(torch.inf)  # update at which each value went bad
+
+    def watch(self, updates, values):
+        self.names, self.values = list(values), torch.stack([*values.values()])
+        self.first = torch.where(self.values.isfinite(), torch.inf, updates).minimum(self.first)
+
+    def check(self):
+        """The last values, means over processes, or FloatingPointError with the first bad ones."""
+        if (when := self.first.min().item()) < torch.inf:
+            bad = [self.names[i] for i in (self.first == when).nonzero()]
+            raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
+        values = everyone(self.values.tolist() if self.names else [])
+        return dict(zip(self.names, np.mean(values, 0).tolist(), strict=True))
+
+
 def tally(row, done, info):
     """Agent steps just taken, a reset being none, and the episodes that ended: of all processes."""
     ended = [
@@ -169,34 +188,47 @@ def tally(row, done, info):
 
 def begun():
     """The run folder of a job that torchrun starts again, if it has left a checkpoint, or ""."""
-    if JOB in (None, "none"):  # the latter for any that were given no --rdzv-id
+    if JOB == "none" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        raise UserError("torchrun's restarts need --rdzv-id, for jobs without one are all alike")
+    if JOB in (None, "none"):
         return ""
     runs = [path.parent for path in Path("runs").glob("*/job") if path.read_text() == JOB]
-    return str(max((run for run in runs if any(run.glob("checkpoint*.pt"))), default=""))
+    saved = [run for run in runs for k in ("", ".old") if (run / f"checkpoint{k}.pt").exists()]
+    return str(max(saved, default=""))
 
 
-def make_folders(run):
+def make_folders(run, args):
     """Makes RUN and, for other processes, RUN/rank1, RUN/rank2, ... -> RUN, the same for all."""
+    if any(other != args for other in everyone(args)):
+        raise UserError("the processes have to be started with the same flags")
     if RANK == 0:
         for folder in (run, *(run / f"rank{rank}" for rank in range(1, WORLD))):
             (folder / "replay").mkdir(parents=True)
-        if JOB:
+        if JOB not in (None, "none"):
             (run / "job").write_text(JOB)
     return everyone(run)[0]
 
 
 def own_folder(run):
     """The part of a run folder that is this process's, or UserError if they are not as many."""
-    count = 1 + len([*Path(run).glob("rank*")])
+    count = 1 + len([*Path(run).glob("rank[1-9]*")])
     if count != WORLD:
-        how = f"torchrun --nproc-per-node {count}" if count > 1 else "python, without torchrun"
-        raise UserError(f"{run} has {count} of the {WORLD} replays needed: go on with {how}")
+        raise UserError(f"{run} has replays for --nproc-per-node {count} in all, not for {WORLD}")
     return Path(run) / f"rank{RANK}" if RANK else Path(run)
 
 
 def gather_state(state, own):
     """Adds to a checkpoint what the others have of their own, under the same names."""
     return state | {"ranks": everyone({k: state[k] for k in own if k in state})}
+
+
+def agree(state, replay):
+    """Checks that all went back to the same checkpoint, with as many rows of their replays."""
+    if replay and WORLD > 1:
+        if len({tuple(counters[:2]) for counters in everyone(state["counters"])}) > 1:
+            raise UserError("the processes cannot read the same checkpoint")
+        replay.start = replay.end - min(everyone(len(replay)))  # a full ring may have lost some
+    return state
 
 
 def own_state(state):

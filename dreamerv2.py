@@ -708,7 +708,7 @@ def main(args):
 
     save()
     if interrupt.code:
-        print(f"go on with: python {__file__} --resume {run} --env-id {args.env_id}")
+        print(f"go on with: {common.LAUNCHER} {__file__} --resume {run} --env-id {args.env_id}")
     for closing in (logger, eval_envs, pool):
         closing.close()
     envs.close(terminate=True)  # asks nothing of a process that may be dead

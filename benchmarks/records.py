@@ -60,7 +60,9 @@ def commit():
         except FileNotFoundError:
             return ""
 
-    changed = git("status", "--porcelain", "--", "dreamerv1.py", "dreamerv2.py", "common.py")
+    changed = git(
+        "status", "--porcelain", "--", "dreamerv1.py", "dreamerv2.py", "common.py", "distributed.py"
+    )
     head = git("rev-parse", "--short", "HEAD").strip() or "unknown"
     return head + "+" * bool(changed.strip())
 

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,7 +133,9 @@ def test_a_signal_to_torchrun_saves_and_resume_restores_every_replay(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = finish(process, 1)
     [folder] = tmp_path.glob("runs/*")
-    assert f"--resume {folder.relative_to(tmp_path)}" in out
+    [line] = [line for line in out.splitlines() if "--resume" in line]
+    assert line.startswith("go on with: torchrun --nproc-per-node 2 ")
+    assert f"--resume {folder.relative_to(tmp_path)}" in line
     assert "error: " not in err
     state = checkpoint(folder)
     step, updates = state["counters"][:2]
@@ -262,32 +265,35 @@ def test_one_process_communicates_with_nobody():
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_run_folder_has_a_part_for_each_process(rank, tmp_path, monkeypatch):
     as_process(monkeypatch, 0, 3)
-    run = distributed.make_folders(tmp_path / "run")
-    as_process(monkeypatch, rank, 3, others=[run, None, None] if rank else None)
+    run = distributed.make_folders(tmp_path / "run", {})
+    as_process(monkeypatch, rank, 3)
     own = distributed.own_folder(run)
     assert own == (run / f"rank{rank}" if rank else run)
     assert list(own.glob("replay")) == [own / "replay"]
-    for world, how in ((1, "torchrun --nproc-per-node 3"), (4, "torchrun --nproc-per-node 3")):
+    for world in (1, 4):
         as_process(monkeypatch, 0, world)
-        text = f"{run} has 3 of the {world} replays needed: go on with {how}"
+        text = f"{run} has replays for --nproc-per-node 3 in all, not for {world}"
         with pytest.raises(common.UserError, match=re.escape(text)):
             distributed.own_folder(run)
     (alone := tmp_path / "alone").mkdir()
     as_process(monkeypatch, 1, 2)
     with pytest.raises(
-        common.UserError, match="has 1 of the 2 replays needed: go on with python, without"
+        common.UserError, match="has replays for --nproc-per-node 1 in all, not for 2"
     ):
         distributed.own_folder(alone)
 
 
 def test_a_job_that_torchrun_starts_again_finds_its_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     as_process(monkeypatch, 0, 2)
     assert distributed.begun() == ""
     for name, job in (("a", "job-7"), ("b", "job-7"), ("c", "job-8"), ("d", "none")):
         monkeypatch.setattr(distributed, "JOB", job)
-        distributed.make_folders(Path("runs") / name)
+        distributed.make_folders(Path("runs") / name, {})
         assert distributed.begun() == ""  # it has nothing to go on from
+    (Path("runs/b") / "checkpoint.new.pt").touch()  # which may be torn
+    assert distributed.begun() == ""
     for name in "acd":
         (Path("runs") / name / "checkpoint.old.pt").touch()
     found = {"job-7": "runs/a", "job-8": "runs/c", "job-9": "", "none": "", None: ""}
@@ -297,6 +303,56 @@ def test_a_job_that_torchrun_starts_again_finds_its_run(tmp_path, monkeypatch):
     (Path("runs/b") / "checkpoint.pt").touch()
     monkeypatch.setattr(distributed, "JOB", "job-7")
     assert distributed.begun() == "runs/b"
+    monkeypatch.setattr(distributed, "JOB", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(common.UserError, match="torchrun's restarts need --rdzv-id"):
+        distributed.begun()
+
+
+def test_processes_with_different_flags_are_refused(tmp_path, monkeypatch):
+    as_process(monkeypatch, 0, 2, others=[None, {"num_envs": 2}])
+    with pytest.raises(common.UserError, match="have to be started with the same flags"):
+        distributed.make_folders(tmp_path / "run", {"num_envs": 1})
+
+
+def test_processes_that_read_different_checkpoints_are_refused(monkeypatch):
+    replay = SimpleNamespace(start=3, end=20, __len__=None)
+    as_process(monkeypatch, 0, 2, others=[None, [100, 20, 5.0]])
+    with pytest.raises(common.UserError, match="cannot read the same checkpoint"):
+        distributed.agree({"counters": [200, 40, 9.0]}, replay)
+    state = {"counters": [200, 40, 9.0]}
+    as_process(monkeypatch, 1, 2)
+    assert distributed.agree(state, None) is state  # as when a run is evaluated
+
+
+def test_processes_go_on_with_replays_of_one_length(tmp_path, monkeypatch):
+    """A ring that overwrote more rows than another after the checkpoint is the shortest."""
+    shapes = {"reward": ((), np.float32), "is_first": ((), bool)}
+    replay = common.Replay(tmp_path, 50, shapes, 1, 0, torch.device("cpu"))
+    for number in range(30):
+        replay.add({"reward": np.full(1, number), "is_first": np.zeros(1, bool)})
+    counters = [200, 40, 9.0]
+    for others, length in (([30, 30], 30), ([30, 7], 7)):
+        answers = iter(([counters, counters], others))
+        monkeypatch.setattr(distributed, "WORLD", 2)
+        monkeypatch.setattr(distributed, "everyone", lambda value, a=answers: next(a))
+        distributed.agree({"counters": counters}, replay)
+        assert len(replay) == length
+        batch = replay.sample(9, 7)["reward"]
+        assert batch.min() >= 30 - length
+
+
+def test_an_evaluation_is_shared_out(monkeypatch):
+    """Each process plays the episodes of some environments, none is played twice."""
+    played, episodes, right = {}, 7, torch.eye(2)[[1] * 5]
+    for rank in (0, 1, 2):
+        as_process(monkeypatch, rank, 3, others=[[], [], []])
+        envs = common.make_envs(5, first_index=10_000, env_id="CartPole-v1", seed=1)
+        returns, _ = common.evaluate(envs, lambda row, state: (right, state), {}, episodes)
+        played[rank] = len(returns)
+        assert np.array_equal(envs.keys[:, 1], range(10_000, 10_005))
+        envs.close()
+    assert played == {0: 3, 1: 3, 2: 1}
 
 
 def test_what_each_process_has_of_its_own_is_saved_by_the_first_one(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import ale_py
 import cv2
 import envs as tiny
 import gymnasium as gym
@@ -374,6 +375,28 @@ def test_atari_games_in_threads_give_the_rows_of_those_in_turn(env_id, grayscale
     assert np.array_equal(ours.keys, theirs.keys)
     ours.close(terminate=True)
     theirs.close()
+
+
+class Shaped(ale_py.env.AtariEnv):
+    """Pays for every step."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + 1, *rest
+
+
+@pytest.mark.parametrize("kwargs", [{"entry_point": Shaped}, {"mode": 1}, {"difficulty": 1}])
+def test_atari_games_that_someone_changed_do_not_run_in_threads(kwargs):
+    spec = gym.spec("PongNoFrameskip-v4")
+    own = {k: v for k, v in kwargs.items() if k != "entry_point"}
+    entry = kwargs.get("entry_point", spec.entry_point)
+    gym.register("ALE/Changed-v0", entry, kwargs=spec.kwargs | own)
+    fits = common.Games.fit("ALE/Changed-v0")
+    gym.registry.pop("ALE/Changed-v0")
+    assert not fits
+    assert common.Games.fit("ale_py:ALE/Pong-v5")
+    assert not common.Games.fit("CartPole-v1")
+    assert not common.Games.fit("nowhere:Thing-v0")
 
 
 def test_atari_games_in_threads_take_the_flags_and_seeds_of_their_own(monkeypatch):

@@ -14,7 +14,11 @@ import dreamerv2
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [dreamerv1, dreamerv2]
-TORCHRUN = {"--max-restarts", "--rdzv-id"}  # of torchrun's own flags, those in the text
+TORCHRUN = {
+    "--max-restarts",
+    "--rdzv-id",
+    "--master-port",
+}  # of torchrun's own flags, those in the text
 
 
 def between(name):
