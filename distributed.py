@@ -55,6 +55,9 @@ def exit_on_error():
         if WORLD > 1 and isinstance(error, ConnectionError):
             os._exit(1)  # or a GPU would wait for the process that is gone
         sys.exit(2 if type(error) is UserError else 1)
+    finally:
+        if dist.is_initialized():  # or its threads may abort a process that ends
+            dist.destroy_process_group()
 
 
 class Interrupt(contextlib.AbstractContextManager):

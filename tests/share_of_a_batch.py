@@ -104,4 +104,5 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with common.exit_on_error():
+        main(sys.argv[1])
