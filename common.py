@@ -1,4 +1,4 @@
-"""What neither Dreamer paper mentions: environments, replay, seeds, logs and checkpoints."""
+"""What neither Dreamer paper mentions: environments, replay, logs and checkpoints."""
 
 import contextlib
 import fcntl

@@ -23,7 +23,11 @@ from tqdm import tqdm
 
 JOB = os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun, the same after a restart
 RANK, WORLD = (int(os.environ.get(k, d)) if JOB else d for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-LAUNCHER = "python" if WORLD == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+LAUNCHER = "python"  # or what the user typed, but for the address
+if WORLD > 1:
+    nodes, count = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    several = f"--nnodes {nodes} --rdzv-endpoint HOST:PORT " if nodes != "1" else ""
+    LAUNCHER = f"torchrun {several}--nproc-per-node {count}"
 
 
 class UserError(Exception):
@@ -94,7 +98,7 @@ def setup(seed, cuda, deterministic, threads):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or torch.get_num_threads())
     for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX: keep what is freed,
-        ctypes.CDLL(None).mallopt(option, value)  # or page faults take a third of an update's time
+        ctypes.CDLL(None).mallopt(option, value)  # or asking anew costs page faults
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.distributions.Distribution.set_default_validate_args(False)  # or they wait for the GPU
     device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")

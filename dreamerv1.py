@@ -16,8 +16,9 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_first      1          0          0          1          0
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
-Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon imagined states,
-A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector; (T, B) scalar per step.
+Shapes: T steps, B sequences, N = T * B imagination starts, with a discount head (T - 1) * B,
+I = horizon imagined states, A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector;
+(T, B) scalar per step.
 """
 
 import time

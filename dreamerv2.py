@@ -247,7 +247,7 @@ class TwoHotHead(Head):
         self.register_buffer("bins", x.sign() * x.abs().expm1())  # symexp
 
     def forward(self, feat):
-        prob = torch.softmax(self.out(self.mlp(feat)).float(), -1)
+        prob = torch.softmax(super().forward(feat), -1)  # of logits (..., 255)
         # Bins of opposite sign cancel pair by pair, so that equal logits give exactly 0.
         return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
 
@@ -256,7 +256,7 @@ class TwoHotHead(Head):
         above = torch.searchsorted(self.bins, target).clamp(1, 254)
         low, high = self.bins[above - 1], self.bins[above]
         share = ((target - low) / (high - low)).clamp(0, 1)
-        logp = torch.log_softmax(self.out(self.mlp(feat)).float(), -1)
+        logp = torch.log_softmax(super().forward(feat), -1)
         near = torch.stack([above - 1, above], -1)
         return -(logp.gather(-1, near) * torch.stack([1 - share, share], -1)).sum(-1)
 

@@ -88,8 +88,8 @@ def stepping(env_id, flags, count, how, seconds):
     repeat = {"atari": 4, "dmc_pixels": 2, "dmc_vector": 2, "other": 1}[preset]
     options = {"observation": "vector" if "vector" in words else "auto", "action_repeat": repeat}
     options |= {"grayscale": preset == "atari", "time_limit": 108_000 if preset == "atari" else 0}
-    other = mock.patch.object(common, "preset_name", return_value="other")  # than threads of Atari
-    with other if how == "processes" else contextlib.nullcontext():
+    no_threads = mock.patch.object(common.Games, "fit", return_value=False)
+    with no_threads if how == "processes" else contextlib.nullcontext():
         envs = common.make_envs(count, how != "turn", env_id=env_id, seed=1, **options)
     rng, done = np.random.default_rng(0), np.ones(count, bool)
     try:
