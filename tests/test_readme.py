@@ -1,9 +1,11 @@
 """The README is true: its tables are held against the code."""
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,3 +175,32 @@ def test_ci_runs_the_line_that_the_readme_gives():
     block = re.search(r"<!-- test-command -->\n```bash\n(.*)\n```", README)[1]
     assert block == "python -m pytest -n 2 && python -m pytest -n 2 -m slow"
     assert "test-command" in (ROOT / ".ci" / "run").read_text()
+
+
+WORLDS = {
+    "V1, Atari, RGB, 6 actions": ("ALE/Pong-v5", {}),
+    "V2, Atari, gray, 6 actions": ("ALE/Pong-v5", {"grayscale": True}),
+    "V2, Atari, gray, 18 actions": ("ALE/Boxing-v5", {"grayscale": True}),
+    "dm_control walker from pixels, 1M frames": ("dm_control/walker-walk-v0", {}),
+    "dm_control walker from vectors, 1M frames": (
+        "dm_control/walker-walk-v0",
+        {"observation": "vector"},
+    ),
+    "CartPole-v1": ("CartPole-v1", {}),
+    "CartPole-v1 `--pixels`": ("CartPole-v1", {"observation": "pixels"}),
+    "Pendulum-v1": ("Pendulum-v1", {}),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_row_of_the_replay_has_as_many_bytes_as_the_readme_says(name):
+    env_id, options = WORLDS[name]
+    options = {"observation": "auto", "action_repeat": 1, "time_limit": 0} | options
+    envs = common.make_envs(1, False, env_id=env_id, seed=1, **options)
+    size = sum(math.prod(s) * np.dtype(t).itemsize for s, t in envs.shapes.values())
+    envs.close()
+    (_, told, rows, disk), *_ = (row for row in rows_of("sizes") if row[0] == name)
+    assert f"{size:,}" == told
+    number, unit = disk.split()
+    total = size * value_of(rows) / {"MB": 1e6, "GB": 1e9}[unit]
+    assert total == pytest.approx(float(number), rel=0.05)
