@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from processes import start
 import common
 import distributed
 
+ROOT = Path(__file__).parent.parent
 SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
 TINY = """--batch-size 4 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --threads 1
     --pretrain 2 --train-every 20 --prefill 100 --eval-episodes 2 --log-every 50 --eval-every 150
@@ -260,6 +263,31 @@ def test_one_process_communicates_with_nobody():
     assert distributed.everyone("value") == ["value"]
     assert not torch.distributed.is_initialized()
     assert (distributed.RANK, distributed.WORLD) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "command"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2"),
+        (
+            {"WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3"},
+            "torchrun --nnodes 3 --rdzv-endpoint HOST:PORT --nproc-per-node 2",
+        ),
+    ],
+)
+def test_the_command_to_go_on_starts_as_many_processes(environ, command):
+    base = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    environ = base | {"LOCAL_WORLD_SIZE": "2"} | environ if environ else {}
+    code = "import distributed; print(distributed.LAUNCHER)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environ,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout == command + "\n"
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
