@@ -375,7 +375,8 @@ def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatc
     assert overlaps(steps, updates) == 0
     flags += " --async-envs"
     at_once, steps, updates = run_here(script, flags, monkeypatch, tmp_path / "slow", 0.05)
-    assert overlaps(steps, updates) == len(updates) >= 10
+    # All of them, unless a busy machine takes longer for some than the step does.
+    assert overlaps(steps, updates) > len(updates) / 2 >= 5
     # What is learned from what is a matter of the schedule, not of the clock.
     again, _, _ = run_here(script, flags, monkeypatch, tmp_path / "again")
     assert again == at_once != plain
