@@ -19,11 +19,11 @@ Shapes: T steps, B sequences, N = T * B imagination starts, I = horizon + 1 imag
 A action, E embed, D deter, S x K stoch, F feat; C, H, W image, V vector; (T, B) scalar per step.
 """
 
-import time
+import math
+import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,89 +32,90 @@ import torch
 import torch.nn.functional as F
 from torch import distributions as td
 from torch import nn
-from torch.utils.data import default_collate as stack
 
 import common
+import runtime
+from runtime import Count, Rate, Share, UserError
 
 
 @dataclass
 class Args:
     # --- run ---
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
-    exp_name: str = Path(__file__).stem  # name in the run folder
-    seed: int = 1  # of networks, replay and environments
-    total_frames: common.Count = 200_000_000  # env frames, action repeat included
+    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # auto: by id
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's
+    seed: int = 1  # seed of networks, replay and environments
+    total_frames: Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of networks; auto: by device
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
     threads: int = 0  # CPU threads of torch, 0 is its own choice
     graph: bool = True  # on a GPU, record acting and learning once and replay them
     compile: bool = False  # fuse the steps of the recurrent model, after minutes of compiling
-    resume: str = ""  # run folder to go on with
+    resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
-    num_envs: common.Count = 1  # environments that act at once
-    async_envs: bool = False  # each in a process, or Atari in a thread, of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: dm_control draws
-    pixels: bool = False  # short for --observation pixels; rendered if need be
+    num_envs: Count = 1  # environments that act at once
+    async_envs: bool = False  # each environment in a process of its own
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels for dm_control
+    pixels: bool = False  # short for --observation pixels, rendered if need be
     grayscale: bool = True  # images of one channel, not three
-    action_repeat: common.Count = 4  # frames per agent step
+    action_repeat: Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance of a repeat (.25), None by id
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance that an action is repeated
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 50_000  # agent steps of random play before learning
-    replay_size: common.Count = 2_000_000  # agent steps
+    replay_size: Count = 2_000_000  # agent steps
     favor_ends: bool = True  # draw the ends of episodes more often
-    batch_size: common.Count = 16  # B, sequences (published curves 50)
-    batch_length: common.Count = 50  # T, agent steps
+    batch_size: Count = 16  # B, sequences (published curves 50)
+    batch_length: Count = 50  # T, agent steps
     # --- world model ---
-    deter: common.Count = 600  # D, size of the GRU state
-    hidden: common.Count = 600  # units between the inputs and outputs of the RSSM
-    stoch: common.Count = 32  # S, number of latent variables
-    classes: common.Count = 32  # K, classes of each
-    cnn_depth: common.Count = 48  # channels of the first convolution
-    units: common.Count = 400  # of every dense layer
-    layers: common.Count = 4  # dense layers of every head
+    deter: Count = 600  # D, size of the GRU state
+    hidden: Count = 600  # units between the inputs and outputs of the RSSM
+    stoch: Count = 32  # S, number of latent variables
+    classes: Count = 32  # K, classes of each
+    cnn_depth: Count = 48  # channels of the first convolution
+    units: Count = 400  # units of every dense layer
+    layers: Count = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
-    norm: Literal["none", "layer"] = "none"  # before activations, not in the GRU
-    reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards
-    reward_head: Literal["normal", "twohot"] = "normal"  # squared error, or 255 bins
+    norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
+    reward_transform: Literal["none", "tanh"] = "tanh"  # what is done to replayed rewards
+    reward_head: Literal["normal", "twohot"] = "normal"  # twohot: 255 bins
     discount_head: bool = True  # learn where episodes end
-    discount_scale: float = 5.0  # weight of its loss
+    discount_scale: float = 5.0  # weight of the discount loss
     kl_scale: float = 0.1  # beta, the weight of the KL
-    kl_balance: common.Share = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
-    free_nats: float = 0.0  # KL that costs nothing
-    free_avg: bool = True  # so for the mean over the batch, not for each step
+    kl_balance: Share = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
+    free_nats: float = 0.0  # nats of KL that cost nothing
+    free_avg: bool = True  # apply free nats to the mean over the batch, not to each step
     # --- behavior ---
-    gamma: common.Share = 0.999  # discount per agent step (paper .995)
-    discount_lambda: common.Share = 0.95  # lambda of the returns
+    gamma: Share = 0.999  # discount per agent step (paper .995)
+    discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
-    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # Eq. 6, by actions
-    actor_grad_mix: common.Share = 0.1  # for both: the share of dynamics (the paper's 1 - rho)
+    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by action space
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # gradient of Eq. 6
+    actor_grad_mix: Share = 0.1  # share of dynamics if both (the paper's 1 - rho)
     actor_entropy: float = 1e-3  # eta of Eq. 6
-    slow_update: common.Count = 100  # updates between copies of the critic
+    slow_update: Count = 100  # updates between copies of the critic
     # --- optimizers ---
-    train_every: common.Count = 16  # agent steps per update (released code; the paper says 4)
+    train_every: Count = 16  # agent steps per update (released code; the paper says 4)
     pretrain: int = 1  # updates before the schedule begins
-    model_lr: common.Rate = 2e-4  # learning rate of the world model
-    actor_lr: common.Rate = 4e-5  # of the actor
-    critic_lr: common.Rate = 1e-4  # of the critic
-    adam_eps: common.Rate = 1e-5  # epsilon of Adam
+    model_lr: Rate = 2e-4  # learning rate of the world model
+    actor_lr: Rate = 4e-5  # learning rate of the actor
+    critic_lr: Rate = 1e-4  # learning rate of the critic
+    adam_eps: Rate = 1e-5  # epsilon of Adam
     weight_decay: float = 1e-6  # share taken off every weight per update
-    clip: common.Rate = 100.0  # global norm of each optimizer's gradient
+    clip: Rate = 100.0  # global norm of each optimizer's gradient
     # --- logging ---
     log_every: int = 10_000  # frames between rows of losses
     eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
-    eval_episodes: common.Count = 1  # episodes of an evaluation
-    diagnose_every: int = 1000  # updates between looks at how far dreams hold, 0 is never
+    eval_episodes: Count = 1  # episodes of an evaluation
     video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
     capture_video: bool = False  # film how each evaluation begins
     track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "dreamer"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "dreamer"  # project in Weights & Biases
+    wandb_entity: str | None = None  # team in Weights & Biases
 
 
 DMC = {
@@ -131,7 +132,7 @@ SMALL = {
     "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000,
     "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
     "grayscale": False, "favor_ends": False, "stoch": 8, "classes": 8, "gamma": 0.99,
-    "imag_horizon": 10, "slow_update": 25, "pretrain": 100, "diagnose_every": 200,
+    "imag_horizon": 10, "slow_update": 25, "pretrain": 100,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
@@ -139,22 +140,29 @@ PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 class LayerNorm(nn.LayerNorm):
     """In float32, since a CPU sums its gradient in the type of x: (..., U) or (N, C, H, W)."""
 
+    def __init__(self, size, channels_first):
+        super().__init__(size, eps=1e-3)
+        self.channels_first = channels_first
+
     def forward(self, x):
-        if self.dense:
-            return super().forward(x.float())
-        return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)  # each pixel its own
+        if self.channels_first:  # each pixel has a norm of its own
+            return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x.float())
 
 
 def block(layer, args):
     """A linear or convolutional layer, its norm and its activation."""
-    modules = [layer, {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[args.act](inplace=True)]
+    dense = isinstance(layer, nn.Linear)
+    modules = [layer]
     if args.norm == "layer":
-        modules.insert(1, LayerNorm(len(layer.bias), eps=1e-3))
-        modules[1].dense = isinstance(layer, nn.Linear)
+        modules.append(LayerNorm(len(layer.bias), channels_first=not dense))
+    act = args.act
+    modules.append({"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[act](inplace=True))
     return nn.Sequential(*modules)
 
 
 def mlp(inputs, layers, args):
+    """Dense layers: (..., inputs) -> (..., U)."""
     sizes = [inputs] + [args.units] * layers
     return nn.Sequential(*(block(nn.Linear(i, o), args) for i, o in pairwise(sizes)))
 
@@ -169,8 +177,10 @@ class Encoder(nn.Module):
 
     def __init__(self, shapes, args):
         super().__init__()
-        self.image, self.vector = shapes.get("image"), shapes.get("vector")
-        self.size, d = 0, args.cnn_depth
+        self.image = shapes.get("image")
+        self.vector = shapes.get("vector")
+        self.size = 0  # E
+        d = args.cnn_depth
         if self.image:
             sizes = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # 64 -> 31 -> 14 -> 6 -> 2
             self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
@@ -189,16 +199,28 @@ class Encoder(nn.Module):
         return torch.cat(embed, -1)
 
 
+class PixelDeconv(nn.ConvTranspose2d):
+    """A transposed convolution of one pixel, a single matrix product and faster as such."""
+
+    def forward(self, x):
+        """(N, C, 1, 1) -> (N, out, kernel, kernel)."""
+        weight = self.weight.flatten(1)  # (C, out * kernel * kernel)
+        bias = self.bias.repeat_interleave(self.weight[0, 0].numel())
+        return F.linear(x.flatten(1), weight.T, bias).unflatten(-1, self.weight.shape[1:])
+
+
 class Decoder(nn.Module):
     """Means of unit Gaussians: (..., F) -> dict of image (..., C, 64, 64), vector (..., V)."""
 
     def __init__(self, feat_size, shapes, args):
         super().__init__()
-        self.image, self.vector, d = shapes.get("image"), shapes.get("vector"), args.cnn_depth
+        self.image = shapes.get("image")
+        self.vector = shapes.get("vector")
+        d = args.cnn_depth
         if self.image:
             self.linear = nn.Linear(feat_size, 32 * d)
             self.conv = nn.Sequential(  # 1 -> 5 -> 13 -> 30 -> 64
-                block(nn.ConvTranspose2d(32 * d, 4 * d, 5, 2), args),
+                block(PixelDeconv(32 * d, 4 * d, 5, 2), args),
                 block(nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), args),
                 block(nn.ConvTranspose2d(2 * d, d, 6, 2), args),
                 nn.ConvTranspose2d(d, self.image[0], 6, 2),
@@ -210,11 +232,8 @@ class Decoder(nn.Module):
     def forward(self, feat):
         recon = {}
         if self.image:
-            x, first = self.linear(feat).flatten(0, -2), self.conv[0][0]  # (T * B, 32d)
-            # Of a 1 x 1 image, a transposed convolution is one matrix product, and faster as such.
-            x = F.linear(x, first.weight.flatten(1).T, first.bias.repeat_interleave(25))
-            x = self.conv[1:](self.conv[0][1:](x.unflatten(-1, first.weight.shape[1:])))
-            recon["image"] = x.float().unflatten(0, feat.shape[:-1])
+            x = self.linear(feat).flatten(0, -2)[:, :, None, None]  # (T * B, 32d, 1, 1)
+            recon["image"] = self.conv(x).float().unflatten(0, feat.shape[:-1])
         if self.vector:
             recon["vector"] = self.mlp(feat).float()
         return recon
@@ -225,7 +244,8 @@ class Head(nn.Module):
 
     def __init__(self, feat_size, layers, args):
         super().__init__()
-        self.mlp, self.out = mlp(feat_size, layers, args), nn.Linear(args.units, 1)
+        self.mlp = mlp(feat_size, layers, args)
+        self.out = nn.Linear(args.units, 1)
 
     def forward(self, feat):
         x = self.mlp(feat).float()
@@ -267,17 +287,29 @@ class OneHot:
     def __init__(self, logit):
         self.logit = logit.float()
 
-    logits = cached_property(lambda self: torch.log_softmax(self.logit, -1))
-    probs = cached_property(lambda self: self.logits.exp())  # a sample without gradient needs none
-    mode = property(lambda self: self.best(self.logit))
+    @cached_property
+    def logits(self):
+        return torch.log_softmax(self.logit, -1)
 
-    def best(self, score):
+    @cached_property
+    def probs(self):
+        return self.logits.exp()
+
+    @property
+    def mode(self):
+        return self.one_hot(self.logit)
+
+    def one_hot(self, score):
+        """The class of the highest score."""
         return torch.zeros_like(score).scatter_(-1, score.max(-1, keepdim=True).indices, 1.0)
 
     def rsample(self):
         # Gumbel's trick: the best sum of logit and such noise is class k with probability p_k.
-        sample = self.best(self.logit - (-torch.rand_like(self.logit).log()).log())
-        return sample + (self.probs - self.probs.detach()) if self.logit.requires_grad else sample
+        noise = -(-torch.rand_like(self.logit).log()).log()
+        sample = self.one_hot(self.logit + noise)
+        if self.logit.requires_grad:
+            sample = sample + (self.probs - self.probs.detach())
+        return sample
 
     def log_prob(self, x):
         return (x * self.logits).sum(-1)
@@ -290,8 +322,10 @@ class TruncNormal:
     """Gaussians cut off outside [-1, 1], (..., A); torch has none with gradients and entropy."""
 
     def __init__(self, mean, std):
-        self.normal, self.mode = td.Normal(mean, std), mean
-        self.low, self.high = (-1 - mean) / std, (1 - mean) / std
+        self.normal = td.Normal(mean, std)
+        self.mode = mean
+        self.low = (-1 - mean) / std
+        self.high = (1 - mean) / std
         self.cdf_low = torch.special.ndtr(self.low)
         self.mass = torch.special.ndtr(self.high) - self.cdf_low
 
@@ -305,7 +339,8 @@ class TruncNormal:
         return (self.normal.log_prob(x) - self.mass.log()).sum(-1)
 
     def entropy(self):
-        low, high = (x * torch.exp(-0.5 * x.square()) for x in (self.low, self.high))
+        low = self.low * torch.exp(-0.5 * self.low.square())
+        high = self.high * torch.exp(-0.5 * self.high.square())
         cut = (low - high) / (2 * np.sqrt(2 * np.pi) * self.mass)
         return (self.normal.entropy() + self.mass.log() + cut).sum(-1)
 
@@ -337,7 +372,8 @@ class Actor(nn.Module):
     def __init__(self, feat_size, action_dim, args):
         super().__init__()
         self.dist = args.actor_dist
-        self.mlp, self.out = mlp(feat_size, args.layers, args), nn.Linear(args.units, action_dim)
+        self.mlp = mlp(feat_size, args.layers, args)
+        self.out = nn.Linear(args.units, action_dim)
         if self.dist != "onehot":
             self.std = nn.Linear(args.units, action_dim)
 
@@ -345,10 +381,20 @@ class Actor(nn.Module):
         x = self.mlp(feat)
         if self.dist == "onehot":
             return OneHot(self.out(x))
-        mean, std = self.out(x).float(), self.std(x).float()
+        mean = self.out(x).float()
+        std = self.std(x).float()
         if self.dist == "trunc_normal":
             return TruncNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1)
         return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std) + 0.1)
+
+
+def stack(states):
+    """T dicts of (B, ...) -> a dict of (T, B, ...)."""
+    return {k: torch.stack([state[k] for state in states]) for k in states[0]}
+
+
+def detach(tensors):
+    return {k: v.detach() for k, v in tensors.items()}
 
 
 class RSSM(nn.Module):
@@ -359,21 +405,30 @@ class RSSM(nn.Module):
 
     def __init__(self, embed_size, action_dim, args):
         super().__init__()
-        self.deter, self.stoch, self.classes = args.deter, args.stoch, args.classes
-        self.stoch_size = stats = args.stoch * args.classes
+        self.deter = args.deter
+        self.stoch = args.stoch
+        self.classes = args.classes
+        self.stoch_size = args.stoch * args.classes
         self.feat_size = self.stoch_size + args.deter
+        stats_size = self.stoch_size
         self.img_in = block(nn.Linear(self.stoch_size + action_dim, args.hidden), args)
         self.gru = nn.Linear(args.hidden + args.deter, 3 * args.deter)
         self.gru_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
-        self.img_out, self.obs_out = (
-            nn.Sequential(block(nn.Linear(i, args.hidden), args), nn.Linear(args.hidden, stats))
-            for i in (args.deter, args.deter + embed_size)
+        self.img_out = nn.Sequential(
+            block(nn.Linear(args.deter, args.hidden), args), nn.Linear(args.hidden, stats_size)
+        )
+        self.obs_out = nn.Sequential(
+            block(nn.Linear(args.deter + embed_size, args.hidden), args),
+            nn.Linear(args.hidden, stats_size),
         )
 
     def initial(self, batch):
         """The zero state that each of B sequences starts from, without statistics."""
-        zeros = self.img_out[1].bias.new_zeros
-        return {"deter": zeros(batch, self.deter), "stoch": zeros(batch, self.stoch_size)}
+        device = next(self.parameters()).device
+        return {
+            "deter": torch.zeros(batch, self.deter, device=device),
+            "stoch": torch.zeros(batch, self.stoch_size, device=device),
+        }
 
     def feat(self, state):
         return torch.cat([state["stoch"], state["deter"]], -1)  # (..., F)
@@ -415,7 +470,8 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first):
         """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...)."""
         is_first = torch.cat([torch.ones_like(is_first[:1]), is_first[1:]])
-        state, states = self.initial(embed.shape[1]), []
+        state = self.initial(embed.shape[1])
+        states = []
         # Nothing but the recurrence is in the loop, in float32: its small products gain nothing.
         with torch.autocast(embed.device.type, enabled=False):
             for inputs in zip(action, embed.float(), is_first, strict=True):
@@ -429,7 +485,9 @@ class RSSM(nn.Module):
 
         -> feat: (I, N, F), action: (I, N, A), which led to it, the first one zero
         """
-        state, feats, actions = start, [self.feat(start)], []
+        state = start
+        feats = [self.feat(start)]
+        actions = []
         for _ in range(horizon):
             actions.append(actor(feats[-1].detach()).rsample())  # (N, A)
             state = self.img_step(state, actions[-1])
@@ -438,7 +496,8 @@ class RSSM(nn.Module):
 
     def kl(self, post, prior):
         """KL(post || prior), summed over the S variables: (T, B)."""
-        p, q = self.dist(post), self.dist(prior)
+        p = self.dist(post)
+        q = self.dist(prior)
         return (p.probs * (p.logits - q.logits)).sum((-2, -1))
 
 
@@ -451,9 +510,10 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(shapes, args)
         self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
-        size, layers = self.rssm.feat_size, args.layers
-        self.reward = {"normal": Head, "twohot": TwoHotHead}[args.reward_head](size, layers, args)
-        self.discount = Head(size, layers, args) if args.discount_head else None
+        size = self.rssm.feat_size
+        reward_head = TwoHotHead if args.reward_head == "twohot" else Head
+        self.reward = reward_head(size, args.layers, args)
+        self.discount = Head(size, args.layers, args) if args.discount_head else None
 
     def loss(self, batch):
         """Eq. 2: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
@@ -475,18 +535,23 @@ class WorldModel(nn.Module):
         loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()
-        for name, state in (("post", common.detach(post)), ("prior", common.detach(prior))):
-            metrics[f"model/{name}_entropy"] = self.rssm.dist(state).entropy().sum(-1).mean()
-        return loss, post, common.detach(metrics)
+        metrics["model/post_entropy"] = self.rssm.dist(detach(post)).entropy().sum(-1).mean()
+        metrics["model/prior_entropy"] = self.rssm.dist(detach(prior)).entropy().sum(-1).mean()
+        return loss, post, detach(metrics)
 
     def kl_loss(self, post, prior):
         """Alg. 2: most of the KL trains the prior towards the posterior -> loss (), KL (T, B)."""
-        free, alpha = self.args.free_nats, self.args.kl_balance
-        stop = dict if alpha == 0.5 else common.detach  # the plain KL then, as the authors have it
-        kl = to_post = self.rssm.kl(stop(post), prior)
-        to_prior = self.rssm.kl(post, stop(prior))
-        if self.args.free_avg and alpha != 0.5:
-            to_post, to_prior = common.average(to_post.mean()), common.average(to_prior.mean())
+        free = self.args.free_nats
+        alpha = self.args.kl_balance
+        if alpha == 0.5:  # the released code then takes the plain KL, with free nats for each step
+            kl = self.rssm.kl(post, prior)
+            return kl.clamp(min=free).mean(), kl
+        kl = self.rssm.kl(detach(post), prior)
+        to_post = kl
+        to_prior = self.rssm.kl(post, detach(prior))
+        if self.args.free_avg:
+            to_post = runtime.process_mean(to_post.mean())
+            to_prior = runtime.process_mean(to_prior.mean())
         loss = alpha * to_post.clamp(min=free) + (1 - alpha) * to_prior.clamp(min=free)
         return loss.mean(), kl
 
@@ -506,7 +571,8 @@ class WorldModel(nn.Module):
 def lambda_return(reward, value, disc, bootstrap, lambda_):
     """Eq. 4, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N)."""
     target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
-    ret, returns = bootstrap, []
+    ret = bootstrap
+    returns = []
     for t in reversed(range(len(reward))):
         ret = target[t] + disc[t] * lambda_ * ret
         returns.append(ret)
@@ -515,10 +581,11 @@ def lambda_return(reward, value, disc, bootstrap, lambda_):
 
 def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, args):
     """Actor and critic losses on imagined rollouts (Eqs. 4-6); is_terminal is (T, B)."""
-    start = {k: v.flatten(0, 1) for k, v in common.detach(post).items()}  # (N, ...)
+    start = {k: v.flatten(0, 1) for k, v in detach(post).items()}  # (N, ...)
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action = world_model.rssm.imagine(actor, start, args.imag_horizon)  # (I, N, ...)
-        reward, value = world_model.reward(feat), slow_critic(feat)  # (I, N)
+        reward = world_model.reward(feat)  # (I, N)
+        value = slow_critic(feat)  # (I, N)
         disc = torch.full_like(reward, args.gamma)
         if world_model.discount:
             # Replay knows whether the start state was terminal, so that is not predicted.
@@ -546,175 +613,234 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
     metrics |= {"value": prediction, "slow_value": value}
     metrics = {f"imag/{k}": v.mean() for k, v in metrics.items()}
     metrics |= {"losses/actor": actor_loss, "losses/critic": critic_loss}
-    return actor_loss, critic_loss, common.detach(metrics)
+    return actor_loss, critic_loss, detach(metrics)
 
 
 def make_agent(shapes, args):
     """Fresh networks; shapes: action (A,), image (C, 64, 64) and/or vector (V,)."""
     model = WorldModel(shapes, args)
-    size, action_dim = model.rssm.feat_size, shapes["action"][0]
-    agent = nn.ModuleDict({"world_model": model, "actor": Actor(size, action_dim, args)})
-    agent["critic"], agent["slow_critic"] = (Head(size, args.layers, args) for _ in range(2))
-    for module in agent.modules():  # as Keras has it, unasked
+    size = model.rssm.feat_size
+    agent = nn.ModuleDict({"world_model": model, "actor": Actor(size, shapes["action"][0], args)})
+    agent["critic"] = Head(size, args.layers, args)
+    agent["slow_critic"] = Head(size, args.layers, args)
+    for module in agent.modules():  # Keras's defaults, on which the released code relies
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     if args.reward_head == "twohot":
         nn.init.zeros_(model.reward.out.weight)  # the outer bins are huge: begin at 0
     agent["slow_critic"].requires_grad_(False)
+    if args.compile:
+        model.rssm.obs_step = torch.compile(model.rssm.obs_step)
+        model.rssm.img_step = torch.compile(model.rssm.img_step)
     return agent
 
 
 def make_optimizers(agent, args):
     """One Adam each, of its own learning rate."""
-    adam = partial(torch.optim.AdamW, eps=args.adam_eps, fused=True, capturable=True)
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
-    decay = {k: args.weight_decay / lr for k, lr in rates.items()}  # AdamW multiplies it by lr
-    return {k: adam(agent[k].parameters(), rates[k], weight_decay=decay[k]) for k in rates}
+    optimizers = {}
+    for name, lr in rates.items():
+        decay = args.weight_decay / lr  # the share per update: AdamW multiplies it by lr
+        optimizers[name] = torch.optim.AdamW(
+            agent[name].parameters(), lr, eps=args.adam_eps, weight_decay=decay,
+            fused=True, capturable=True,
+        )  # fmt: skip
+    return optimizers
+
+
+def opt_step(optimizer, loss, clip):
+    """One gradient step -> the gradient's global norm before it was clipped, ()."""
+    parameters = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)  # passes through the other networks, but leaves none there
+    runtime.average_gradients(parameters)  # over the processes of torchrun
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    return norm
 
 
 def update(agent, optimizers, batch, args):
     """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
-    device, bfloat16 = batch["reward"].device.type, args.precision == "bfloat16"
-    autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16)
+    bfloat16 = args.precision == "bfloat16"
+    autocast = torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=bfloat16)
     with autocast:
         model_loss, post, metrics = agent["world_model"].loss(batch)
-    metrics["grad_norm/model"] = common.opt_step(optimizers["world_model"], model_loss, args.clip)
+    metrics["grad_norm/model"] = opt_step(optimizers["world_model"], model_loss, args.clip)
     with autocast:  # imagines with the model after its step, from states before it
-        *losses, imagined = behavior_loss(*agent.values(), post, batch["is_terminal"], args)
-    for name, loss in zip(("actor", "critic"), losses, strict=True):
-        metrics[f"grad_norm/{name}"] = common.opt_step(optimizers[name], loss, args.clip)
+        actor_loss, critic_loss, imagined = behavior_loss(
+            agent["world_model"], agent["actor"], agent["critic"], agent["slow_critic"],
+            post, batch["is_terminal"], args,
+        )  # fmt: skip
+    metrics["grad_norm/actor"] = opt_step(optimizers["actor"], actor_loss, args.clip)
+    metrics["grad_norm/critic"] = opt_step(optimizers["critic"], critic_loss, args.clip)
     return metrics | imagined
 
 
 @torch.no_grad()
 def policy(agent, row, state, sample=True):
     """Acts on a row, a dict of (N, ...), after a state -> action (N, A), state."""
-    rssm, embed = agent["world_model"].rssm, agent["world_model"].encoder(row)
+    rssm = agent["world_model"].rssm
+    embed = agent["world_model"].encoder(row)
     state = rssm.obs_step(state, row["action"], embed, row["is_first"])
     dist = agent["actor"](rssm.feat(state))
     action = dist.rsample() if sample else dist.mode  # the latent state is always sampled
     return action, {k: state[k] for k in ("deter", "stoch")}
 
 
-def main(args):
-    config = asdict(args) | {"resume": ""}
-    device = common.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
-    args.observation = "pixels" if args.pixels else args.observation
-    options = "env_id seed observation grayscale action_repeat time_limit sticky_prob"
-    options = {k: getattr(args, k) for k in (*options.split(), "full_action_space")}
-    count = min(args.eval_episodes, 10)  # of environments with seeds of their own
-    eval_envs = common.make_envs(count, first_index=10_000, render=args.capture_video, **options)
-    shapes, discrete = eval_envs.shapes, eval_envs.discrete
-    auto = {"precision": "bfloat16" if device.type == "cuda" else "float32"}
-    auto |= {"actor_dist": "onehot" if discrete else "trunc_normal"}
-    auto |= {"actor_grad": "reinforce" if discrete else "dynamics"}
-    vars(args).update({k: v for k, v in auto.items() if getattr(args, k) == "auto"})
+def resolve_auto(args, device, discrete):
+    """Puts in place of "auto" what it stands for on this device and with these actions."""
+    if args.precision == "auto":
+        args.precision = "bfloat16" if device.type == "cuda" else "float32"
+    if args.actor_dist == "auto":
+        args.actor_dist = "onehot" if discrete else "trunc_normal"
+    if args.actor_grad == "auto":
+        args.actor_grad = "reinforce" if discrete else "dynamics"
     if discrete != (args.actor_dist == "onehot"):
-        raise common.UserError(f"--actor-dist {args.actor_dist} is not for {args.env_id}'s actions")
-    agent = make_agent({k: shape for k, (shape, _) in shapes.items()}, args).to(device)
-    parts = {"agent": agent, **make_optimizers(agent, args)}
-    rssm, open_loop = agent["world_model"].rssm, agent["world_model"].open_loop
-    if args.compile:
-        rssm.obs_step, rssm.img_step = map(torch.compile, (rssm.obs_step, rssm.img_step))
-    record = partial(common.Captured, device=device, enabled=args.graph)
-    play = record(partial(policy, agent, sample=False)), rssm.initial(count)
-    evaluate = partial(common.evaluate, eval_envs, *play, args.eval_episodes, args.capture_video)
+        raise UserError(f"--actor-dist {args.actor_dist} is not for {args.env_id}'s actions")
+
+
+def replay_rows(args):
+    """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
+    envs = args.num_envs * runtime.WORLD
+    steps = args.total_frames // args.action_repeat
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs  # resets take rows too
+    prefill = args.prefill // envs
+    if args.batch_length > min(rows, prefill):
+        raise UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
+    return rows
+
+
+def main(args):
+    """Trains an agent, or with --evaluate plays a trained one -> exit code."""
+    config = asdict(args)
+    device = runtime.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
+    eval_envs = common.Envs(
+        args, min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video
+    )
+    shapes = eval_envs.shapes
+    resolve_auto(args, device, eval_envs.discrete)
+    agent = make_agent(shapes, args).to(device)
+    optimizers = make_optimizers(agent, args)
+    rssm = agent["world_model"].rssm
+    # A GPU records these three once and replays them.
+    act = runtime.Captured(partial(policy, agent), device, args.graph)
+    act_greedily = runtime.Captured(partial(policy, agent, sample=False), device, args.graph)
+    learn = runtime.Captured(partial(update, agent, optimizers, args=args), device, args.graph)
+
+    def evaluate():
+        state = rssm.initial(eval_envs.num_envs)
+        return common.evaluate(
+            eval_envs, act_greedily, state, args.eval_episodes, film=args.capture_video
+        )
+
     if args.evaluate:
-        common.load_checkpoint(args.evaluate, parts)
+        runtime.load_checkpoint(args.evaluate, {"agent": agent})
         returns, film = evaluate()
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
-        return common.save_gif(Path(args.evaluate, "videos/evaluate.gif"), film) if film else None
+        if film:
+            runtime.save_gif(Path(args.evaluate, "videos/evaluate.gif"), film)
+        return 0
 
+    # The run folder, and what of it a run goes on with.
     steps = args.total_frames // args.action_repeat
-    width, share = args.num_envs * common.WORLD, -(-args.batch_size // common.WORLD)
-    rows = min(args.replay_size, int(1.05 * steps) + 1000) // width  # resets take rows too
-    if args.batch_length > min(rows, args.prefill // width):
-        raise common.UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
-    gib = args.num_envs * sum(np.empty(*shape).nbytes for shape in shapes.values()) / 2**30  # a row
-    run = common.own_folder(args.resume or common.new_run(config, rows * gib))
-    replay = common.Replay(run / "replay", rows, shapes, args.num_envs, args.seed, device)
-    parts["replay"] = replay
-    saved = common.load_checkpoint(args.resume, parts) if args.resume else {}
-    step, updates, before, seconds, size, episodes = saved.get("counters", (0, 0, 0, 0.0, 0, None))
+    batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
+    rows = replay_rows(args)
+    replay_bytes = rows * args.num_envs * common.row_bytes(shapes)
+    run, is_new = runtime.open_run(config, replay_bytes)
+    replay_folder = runtime.rank_folder(run) / "replay"
+    replay = common.Replay(replay_folder, rows, shapes, args.num_envs, device)
+    envs = common.Envs(args, args.num_envs, parallel=args.async_envs)
+    runtime.seed_process(args.seed)
+    metrics = runtime.Metrics()
+    logger = runtime.Logger(run, config)
+    parts = {
+        "agent": agent, "optimizers": optimizers, "replay": replay, "envs": envs,
+        "metrics": metrics, "logger": logger,
+    }  # fmt: skip
+    counters = {"step": 0, "updates": 0, "last_report": 0}
+    if not is_new:
+        counters = runtime.load_checkpoint(run, parts)
+    step = counters["step"]  # agent steps of all environments
+    updates = counters["updates"]
+    last_report = counters["last_report"]  # frames
     frames = step * args.action_repeat
-    envs = common.make_envs(args.num_envs, args.async_envs, episodes=episodes, **options)
-    sizes = ", ".join(f"{k} {sum(p.numel() for p in v.parameters()):,}" for k, v in agent.items())
-    print(f"{args.env_id} on {device} in {args.precision}, run folder {run}")
-    print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {replay.capacity * gib:.2f} GiB")
-    logger = common.Logger(run, config, frames, seconds, size)
-    guard, metrics = common.FiniteGuard(), saved.get("metrics", {})
-    act, learn = record(partial(policy, agent)), record(partial(update, agent, parts, args=args))
-    row, state, done = None, rssm.initial(args.num_envs), np.ones(args.num_envs, bool)
-    pool, pending = ThreadPool(1), None  # a step that has been sent to the environments
+    row = None  # the first step resets
+    state = rssm.initial(args.num_envs)
+    runtime.describe(args, device, agent, rows, replay_bytes)
 
     def save():
-        log = (time.time() - logger.began, logger.file.tell())
-        more = {"counters": (step, updates, before, *log, envs.keys[:, 2].tolist())}
-        common.save_checkpoint(run, parts, more | {"metrics": metrics | guard.check()})
+        counters = {"step": step, "updates": updates, "last_report": last_report}
+        runtime.save_checkpoint(run, parts, counters)
 
-    with common.Interrupt() as interrupt:
-        while not interrupt.agreed() or pending:
-            # A turn of the loop is an update, as long as one is due, or else half a step.
-            due = args.pretrain + 1 + (step - args.prefill) // args.train_every
-            learns = step >= args.prefill and len(replay) >= args.batch_length
-            now = pending or not args.async_envs or step >= steps  # learns while others act
-            if learns and updates < due and now and not interrupt.code:
-                batch = replay.sample(share, args.batch_length, args.favor_ends)
-                metrics = learn(batch)
-                guard.watch(updates, metrics)
+    def due(every):
+        """Whether a multiple of `every` frames, or the end, came since the last report."""
+        if step >= steps and frames > last_report:
+            return True
+        return every > 0 and frames // every > last_report // every
+
+    if is_new:
+        save()
+    with runtime.Interrupt() as interrupt:
+        while not interrupt.agreed():
+            # Act: the environments begin a step, at first a reset. Its noise follows from the
+            # step, so that one which a signal drops leaves no trace in the numbers to come.
+            learning = step >= args.prefill and len(replay) >= args.batch_length
+            if step < steps:
+                with runtime.forked_rng("acting", args.seed, step):
+                    if learning and not envs.all_ended:
+                        action, state = act(row, state)
+                    else:
+                        action = envs.random_actions()  # a reset ignores it
+                envs.send(action)
+
+            # Learn meanwhile. A resumed run makes up for updates that a signal prevented.
+            owed = args.pretrain + 1 + (step - args.prefill) // args.train_every
+            while learning and updates < owed and not interrupt.agreed():
+                batch = replay.sample(batch_size, args.batch_length, args.favor_ends)
+                metrics.record(learn(batch), updates)
                 if updates % args.slow_update == 0:
                     agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
                 updates += 1
-                if common.crossed(updates - 1, updates, args.diagnose_every):
-                    logger.diagnose(frames, updates, agent, batch, args)
-                continue
+            if interrupt.code:
+                break  # the step in flight is dropped: nothing of it was stored
 
-            if pending:
-                (row, done, info), pending = pending(), None
-                replay.add(row)
-                taken, ended = common.tally(row, done, info)  # of all processes
-                step += taken  # a reset costs no frame
-                frames = step * args.action_repeat
-                logger.bar.update(frames - before)
-                for episode in ended:
-                    logger.log(episode, frames, updates)
-                continue
-
-            last, crossed = step >= steps, partial(common.crossed, before, frames)
-            if metrics and learns and "image" in shapes and crossed(args.video_every):
-                logger.gif("open_loop", open_loop(replay.sample(6, args.batch_length)), frames)
-            if (last and frames > before) or (updates and crossed(args.eval_every)):
+            # Report what became due since the last report. An evaluation may fail, so save first.
+            if due(args.checkpoint_every):
+                save()
+            if metrics and due(args.log_every):
+                logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
+            if due(args.eval_every) and (updates or step >= steps):
                 returns, film = evaluate()
                 logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
-            if metrics and frames > before and (last or crossed(args.log_every)):
-                more = guard.check() | {"replay/rows": len(replay)}
-                logger.log(metrics | more, frames, updates)
-            before = frames
-            if last:
+            if learning and "image" in shapes and args.video_every and due(args.video_every):
+                with runtime.forked_rng("video", args.seed):
+                    film = agent["world_model"].open_loop(replay.sample(6, args.batch_length))
+                logger.gif("open_loop", film, frames)
+            last_report = frames
+            if step >= steps:
                 break
-            if crossed(args.checkpoint_every):
-                save()
 
-            if done.all() or not learns:
-                action = common.random_actions(envs, replay.rng)
-            else:
-                action, state = act(row, state)
-                action = action.cpu().numpy()
-            pending = partial(common.step_rows, envs, action, done)
-            pending = pool.apply_async(pending).get if args.async_envs else pending
+            # Observe.
+            row, episodes = envs.receive()
+            replay.add(row)
+            taken, episodes = runtime.gather_steps(row, episodes)  # of all processes
+            step += taken  # a reset is no step
+            frames = step * args.action_repeat
+            logger.progress(frames)
+            for episode in episodes:
+                logger.log(episode, frames, updates)
 
     save()
     if interrupt.code:
-        print(f"go on with: {common.LAUNCHER} {__file__} --resume {run} --env-id {args.env_id}")
-    for closing in (logger, eval_envs, pool):
-        closing.close()
-    envs.close(terminate=True)  # asks nothing of a process that may be dead
-    raise SystemExit(interrupt.code)
+        print(f"go on with: {runtime.resume_command(run, args.env_id)}")
+    for part in (logger, eval_envs, envs):
+        part.close()
+    return interrupt.code
 
 
 if __name__ == "__main__":
-    with common.exit_on_error():
-        main(common.parse_args(Args, PRESETS))
+    with runtime.exit_on_error():
+        sys.exit(main(runtime.parse_args(Args, PRESETS, common.choose_preset)))

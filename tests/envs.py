@@ -1,15 +1,48 @@
 """Tiny environments that say what happened to them; `envs:Counting-v0` registers them."""
 
+from types import SimpleNamespace
+
 import gymnasium as gym
 import numpy as np
 
 import common
 
 
+def env_args(env_id, seed=1, **changes):
+    """What common.make_env asks of args; by default nothing is repeated, cut off or made gray."""
+    options = {
+        "observation": "auto", "pixels": False, "grayscale": False, "action_repeat": 1,
+        "time_limit": 0, "sticky_prob": None, "full_action_space": False,
+    }  # fmt: skip
+    return SimpleNamespace(env_id=env_id, seed=seed, **options | changes)
+
+
+def make_env(env_id, seed=1, index=0, render=False, **options):
+    return common.make_env(env_args(env_id, seed, **options), index, render)
+
+
+def make_envs(
+    num_envs, env_id, seed=1, parallel=False, first_index=None, episodes=None, render=False,
+    **options,
+):  # fmt: skip
+    """Environments that go on after so many episodes of each."""
+    args = env_args(env_id, seed, **options)
+    envs = common.Envs(args, num_envs, parallel, first_index, render)
+    if episodes:
+        envs.load_state_dict({"episodes": episodes})
+    return envs
+
+
+def step(envs, action):
+    """A whole step -> row, the episodes that ended."""
+    envs.send(action)
+    return envs.receive()
+
+
 def reset_rows(envs):
-    """The rows with which all environments begin."""
-    done = np.ones(envs.num_envs, bool)
-    return common.step_rows(envs, np.zeros(envs.action_space.shape, np.float32), done)[0]
+    """The row with which all environments begin."""
+    assert envs.all_ended
+    return step(envs, np.zeros((envs.num_envs, *envs.shapes["action"]), np.float32))[0]
 
 
 class Counting(gym.Env):

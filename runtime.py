@@ -1,0 +1,657 @@
+"""What a run needs and no reader of a paper: flags, run folders, checkpoints, logs, processes.
+
+With torchrun, each process has environments and a replay of its own. It learns from its share of
+the batch with the mean of all gradients, so that the networks stay the same everywhere. The first
+process, of rank 0, logs and saves for all.
+
+    torchrun --nproc-per-node 2 dreamerv2.py --env-id CartPole-v1
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import typing
+import zipfile
+from functools import cached_property
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.distributed as dist
+import typeguard
+import tyro
+import yaml
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.tensorboard import SummaryWriter, summary
+from tqdm import tqdm
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+ENVIRONMENTS_FAILED = "the environments of this process failed"  # what it tells the others
+
+# Types of flags with the least and the most that they may be.
+Count = typing.Annotated[int, 1, 2**31 - 1]
+Share = typing.Annotated[float, 0, 1]
+Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
+
+# Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
+CHANGEABLE = {
+    *("resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes"),
+    *("video_every", "checkpoint_every", "capture_video", "track"),
+    *("cuda", "threads", "graph", "compile"),
+}
+
+
+# Errors that take one line
+
+
+class UserError(Exception):
+    """Something the user can mend, said in one line."""
+
+
+class ElsewhereError(ChildProcessError):
+    """The environments of another process failed, which has said so."""
+
+
+class DeviceError(Exception):
+    """The GPU can no longer be used in this process."""
+
+
+@contextlib.contextmanager
+def explain(text, *errors, kind=UserError):
+    """Turns the errors into one of the kind, a line that begins with the text."""
+    try:
+        yield
+    except errors as error:
+        raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
+
+
+@contextlib.contextmanager
+def exit_on_error():
+    """Says in one line what the user can mend (exit code 2) and what else ended the run (1)."""
+    expected = (UserError, DeviceError, FloatingPointError, OSError, torch.OutOfMemoryError)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except expected as error:
+        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if WORLD > 1 and isinstance(error, ConnectionError):
+            os._exit(1)  # an orderly end on a GPU would wait for the process that is gone
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads may otherwise abort a process that ends
+
+
+class Interrupt(contextlib.AbstractContextManager):
+    """Lets a loop end between two steps: on Ctrl-C (code 130; a second one ends at once), on
+    SIGTERM (143), or because an environment failed (1).
+    """
+
+    def __init__(self):
+        self.code = 0  # the exit code on which all processes agreed
+        self.received = 0  # the exit code of a signal to this process
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.received = 128 + number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self):
+        """The exit code if any process was told to end: all of them end after the same step."""
+        self.code = max(all_gather(self.received))
+        return self.code
+
+    def __exit__(self, kind, error, trace):
+        if kind not in (ChildProcessError, ElsewhereError):
+            return False
+        self.code = self.code or self.received or 1
+        if kind is ChildProcessError:
+            if not self.received:  # a signal to a process group ends those of environments, too
+                tqdm.write(f"error: {error}", file=sys.stderr)
+            all_gather(ENVIRONMENTS_FAILED)
+        return True
+
+
+# Devices and processes
+
+
+def setup(seed, cuda, deterministic, threads):
+    """Seeds torch, the same in every process, meets the others -> the device."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.distributions.Distribution.set_default_validate_args(False)  # checks wait for the GPU
+    device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    if WORLD > 1:
+        join_processes(device)
+    return device
+
+
+def keep_freed_memory():
+    """Tells malloc to keep what is freed, since asking the system anew costs page faults."""
+    trim_threshold, mmap_max = -1, -4  # numbers of mallopt's parameters
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, -1)
+    libc.mallopt(mmap_max, 0)
+
+
+def join_processes(device):
+    """Meets the other processes, through gloo on CPUs and nccl on GPUs; one process per GPU."""
+    if device.type == "cuda":
+        with explain("--nproc-per-node must not exceed the number of GPUs", RuntimeError):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with explain("the processes cannot meet", RuntimeError, kind=ConnectionError):
+        store = next(dist.rendezvous("env://"))[0]
+        if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):  # several machines count differently
+            # The store outlives a restart, with the addresses of the dead.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def launcher():
+    """What starts a script as this one was started, but for the address."""
+    if WORLD == 1:
+        return "python"
+    nodes = os.environ["GROUP_WORLD_SIZE"]
+    several = f"--nnodes {nodes} --rdzv-endpoint HOST:PORT " if nodes != "1" else ""
+    return f"torchrun {several}--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+
+
+def explain_lost_process():
+    """Turns what comes of a process that died without a word into one line."""
+    hint = "another process is gone, go on from the last checkpoint with --resume"
+    return explain(hint, RuntimeError, kind=ConnectionError)
+
+
+def all_gather(value):
+    """The objects of all processes, by rank."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    with explain_lost_process():
+        dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other == ENVIRONMENTS_FAILED and value != ENVIRONMENTS_FAILED:
+            raise ElsewhereError(f"the environments of process {rank} failed")
+    return values
+
+
+def process_mean(x):
+    """The mean of a tensor over all processes, with the gradient of this one's x."""
+    if WORLD == 1:
+        return x
+    mean = x.detach().clone()
+    with explain_lost_process():
+        dist.all_reduce(mean)
+    mean /= WORLD
+    return x + (mean - x).detach() if x.requires_grad else mean
+
+
+def average_gradients(parameters):
+    """Puts the mean over all processes in place of each gradient."""
+    if WORLD > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        vector_to_parameters(process_mean(parameters_to_vector(grads)), grads)
+
+
+def gather_steps(row, episodes):
+    """Agent steps in a row (resets are none) and episodes that ended -> those of all processes."""
+    taken = int((1 - row["is_first"]).sum())
+    gathered = all_gather((taken, episodes))
+    return sum(n for n, _ in gathered), [episode for _, ended in gathered for episode in ended]
+
+
+# Random numbers
+
+
+def generators():
+    """Torch's generators: the CPU's and that of the GPU in use, if there is one."""
+    if not torch.cuda.is_initialized():
+        return [torch.default_generator]
+    return [torch.default_generator, torch.cuda.default_generators[torch.cuda.current_device()]]
+
+
+def seed_of(*key):
+    """A seed that follows from the key and the process."""
+    digest = hashlib.sha256(repr((*key, RANK)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_process(seed):
+    """Gives each process noise of its own, after all had the same weights."""
+    torch.manual_seed(seed_of("process", seed))
+
+
+@contextlib.contextmanager
+def forked_rng(*key):
+    """Inside, torch's draws follow from the key and the process; those outside do not notice."""
+    states = [generator.get_state() for generator in generators()]
+    for generator in generators():
+        generator.manual_seed(seed_of(*key))
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators(), states, strict=True):
+            generator.set_state(state)
+
+
+# Command line
+
+
+def parse_args(cls, presets, choose_preset, argv=None):
+    """Fills the dataclass `cls` from argv, else the run folder given, else a preset.
+
+    choose_preset: function of the args given -> key of presets.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(cls, args=[flag for flag in argv if flag not in ("-h", "--help")])
+    run = given.resume or given.evaluate
+    named = [flag for flag in argv if flag.startswith(("--resume", "--evaluate"))]
+    if len(named) > 1 or (named and not run):
+        raise UserError("--resume and --evaluate take a run folder, and do not go together")
+
+    known = run and not (given.resume and is_free(run))  # a run that exists
+    if known:
+        default = read_args(cls, run)
+        if ":" in default["env_id"] and given.env_id != default["env_id"]:
+            raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
+    else:
+        default = {"env_id": given.env_id, **presets[choose_preset(given)]}
+
+    args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
+    check_bounds(args)
+    if known:
+        changeable = CHANGEABLE | ({"seed"} if given.evaluate else set())
+        for name, value in vars(args).items():
+            if value != default[name] and name not in changeable:
+                raise UserError(f"{flag_name(name)} cannot change in a run that exists")
+    if args.track:
+        with explain("--track needs pip install wandb", ImportError):
+            importlib.import_module("wandb")
+    return args
+
+
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def check_bounds(args):
+    """UserError for the first number that is not between the bounds of its type."""
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        least, most = getattr(hint, "__metadata__", (0, 2**31 - 1))
+        value = getattr(args, name)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise UserError(f"{flag_name(name)} is {value}, it must be from {least} to {most}")
+
+
+def read_args(cls, run):
+    """What args.yaml of a run folder holds, checked against the types of `cls`; executes none."""
+    with explain(f"{run} is no run folder of this script", Exception):
+        args = yaml.safe_load((Path(run) / "args.yaml").read_text())
+        typeguard.check_type(args, typing.TypedDict("Args", typing.get_type_hints(cls)))
+    return args
+
+
+# Run folders
+
+
+def is_free(run):
+    """Whether a new run may begin in this folder: it is missing or empty."""
+    run = Path(run)
+    try:
+        return not run.exists() or not any(run.iterdir())
+    except OSError:  # it is a file, or has no possible name
+        return False
+
+
+def open_run(args, replay_bytes):
+    """Finds the folder of --resume, or makes that of a new run -> run, whether it is new.
+
+    args: a dict; replay_bytes: room that this process needs on the disk, or UserError.
+    """
+    if any(other != args for other in all_gather(args)):
+        raise UserError("the processes have to be started with the same flags")
+    name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
+    run = Path(args["resume"] or Path("runs") / name.replace("/", "-").replace(":", "-"))
+    run, is_new = all_gather((run, is_free(run)))[0]
+    if is_new:
+        needed = replay_bytes * WORLD / 2**30
+        free = shutil.disk_usage(".").free / 2**30
+        if needed > free:
+            raise UserError(f"the replay takes {needed:.1f} GiB of {free:.1f} free: "
+                            "lower --replay-size")  # fmt: skip
+        if RANK == 0:
+            for rank in range(WORLD):
+                (rank_folder(run, rank) / "replay").mkdir(parents=True)
+            write_args(run, args)
+    all_gather("the folders are there")
+    count = 1 + len([*run.glob("rank[1-9]*")])
+    if count != WORLD:
+        raise UserError(f"{run} has replays for --nproc-per-node {count} in all, not for {WORLD}")
+    print(f"a new run begins in {run}" if is_new else f"the run in {run} goes on")
+    return run, is_new
+
+
+def rank_folder(run, rank=RANK):
+    """Where a process keeps what is its own: RUN, or RUN/rank1, RUN/rank2, ..."""
+    return Path(run) / f"rank{rank}" if rank else Path(run)
+
+
+def write_args(run, args):
+    """Puts args, a dict, into args.yaml; neither flag that names a run folder is part of it."""
+    new = run / "args.new.yaml"
+    new.write_text(yaml.safe_dump(args | {"resume": "", "evaluate": ""}, sort_keys=False))
+    new.replace(run / "args.yaml")
+
+
+def describe(args, device, agent, rows, replay_bytes):
+    """Prints what a run consists of."""
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
+    print(f"{args.env_id} on {device} in {args.precision}{processes}")
+    print(f"parameters: {sizes}; replay {rows:,} rows, {replay_bytes / 2**30:.2f} GiB")
+
+
+def resume_command(run, env_id):
+    """What to type to go on with a run."""
+    command = [sys.argv[0], "--resume", str(run), "--env-id", env_id]
+    return f"{launcher()} {shlex.join(command)}"
+
+
+# Checkpoints
+
+
+def save_checkpoint(run, parts, counters):
+    """Writes the states of all parts, of torch's generators and the counters, a dict of numbers.
+
+    parts: dict of name -> part, or a dict of several, with state_dict and load_state_dict.
+    The file before becomes checkpoint.old.pt; a crash at any moment leaves one that can be read.
+    """
+    state = {"counters": counters, "generators": [g.get_state() for g in generators()]}
+    for name, part in parts.items():
+        if isinstance(part, dict):
+            state[name] = {key: inner.state_dict() for key, inner in part.items()}
+        else:
+            state[name] = part.state_dict()
+    own = ("generators", "replay", "envs")  # what every process has of its own
+    state["ranks"] = all_gather({name: state[name] for name in own if name in state})
+    if RANK == 0:
+        replace_checkpoint(Path(run), state)
+    all_gather("the checkpoint is there")
+
+
+def replace_checkpoint(run, state):
+    path, new = run / "checkpoint.pt", run / "checkpoint.new.pt"
+    data = io.BytesIO()
+    torch.save(state, data)
+    new.write_bytes(data.getbuffer())
+    with open(new, "rb") as file:
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(run / "checkpoint.old.pt")
+    new.replace(path)
+
+
+def load_checkpoint(run, parts):
+    """Gives parts and generators their states from the last whole checkpoint -> its counters."""
+    for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt"):
+        path = Path(run) / name
+        try:
+            counters = read_checkpoint(path, parts)
+        except Exception as error:  # whatever a file from someone else may hold
+            if path.exists():
+                print(f"{path} cannot be used, trying another: {error!r}"[:200], file=sys.stderr)
+        else:
+            agree_on_checkpoint(counters, parts.get("replay"))
+            return counters
+    raise UserError(f"no checkpoint can be read in {run}")
+
+
+def read_checkpoint(path, parts):
+    damaged = zipfile.ZipFile(path).testzip()  # checks its CRC-32s
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
+    if len(state["ranks"]) > RANK:  # an evaluation may have more processes than the run
+        state |= state["ranks"][RANK]
+    for name, part in parts.items():
+        if isinstance(part, dict):
+            for key, inner in part.items():
+                inner.load_state_dict(state[name][key])
+        else:
+            part.load_state_dict(state[name])
+    for generator, saved in zip(generators(), state["generators"], strict=False):
+        generator.set_state(saved)  # a run may have moved to a machine with or without a GPU
+    return state["counters"]
+
+
+def agree_on_checkpoint(counters, replay):
+    """Checks that all processes read the same one, and gives their replays as many rows."""
+    if replay is not None and WORLD > 1:
+        if any(other != counters for other in all_gather(counters)):
+            raise UserError("the processes cannot read the same checkpoint")
+        rows = min(all_gather(len(replay)))  # a full ring may have overwritten some
+        replay.start = replay.end - rows
+
+
+# Logs
+
+
+class Metrics:
+    """The numbers of the last update, left on the device so that no update waits for them.
+
+    Each value that is not finite is noted with the first update that gave it.
+    """
+
+    def __init__(self):
+        self.names = []
+        self.values = torch.zeros(0)  # of the last update
+        self.first_bad = torch.tensor(torch.inf)  # the update at which each was first not finite
+
+    def __bool__(self):
+        return bool(self.names)
+
+    def record(self, metrics, updates):
+        """Keeps a dict of scalar tensors."""
+        self.names = list(metrics)
+        self.values = torch.stack(list(metrics.values()))
+        bad_now = torch.where(self.values.isfinite(), torch.inf, updates)
+        self.first_bad = bad_now.minimum(self.first_bad)
+
+    def read(self):
+        """Means over the processes, a dict of floats; FloatingPointError names the first bad."""
+        when = self.first_bad.min().item()
+        if when < torch.inf:
+            bad = [self.names[i] for i in (self.first_bad == when).nonzero()]
+            raise FloatingPointError(f"not finite at update {when:.0f}: {', '.join(bad)}")
+        means = np.mean(all_gather(self.values.tolist()), 0)
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+    def state_dict(self):
+        return self.read()
+
+    def load_state_dict(self, state):
+        self.names = list(state)
+        self.values = torch.tensor(list(state.values()))
+
+
+class Logger:
+    """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar.
+
+    Only the first process logs; for the others all of this does nothing.
+    """
+
+    def __init__(self, run, args):
+        self.run = run
+        self.frames = 0  # as of the last row or progress
+        self.began = time.time()  # a resumed run began earlier by the seconds that it took
+        wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
+        self.bar = tqdm(
+            total=args["total_frames"], unit=" frames", disable=RANK > 0,
+            mininterval=wait, maxinterval=wait,
+        )  # fmt: skip
+        if RANK:
+            return
+        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        write_args(run, args)
+        if args["track"]:
+            sys.modules["wandb"].init(
+                project=args["wandb_project_name"], entity=args["wandb_entity"],
+                name=run.name, config=args, sync_tensorboard=True,
+            )  # fmt: skip
+        threading.excepthook = lambda thread: None  # the writer raises what its thread does
+
+    @cached_property
+    def writer(self):
+        """Of TensorBoard, which forgets what a resumed run is about to log again."""
+        return SummaryWriter(self.run, purge_step=self.frames + 1)
+
+    def state_dict(self):
+        seconds = time.time() - self.began
+        return {"frames": self.frames, "seconds": seconds, "bytes": 0 if RANK else self.file.tell()}
+
+    def load_state_dict(self, state):
+        """Goes back to the log of a checkpoint; rows that came after it come again."""
+        self.began = time.time() - state["seconds"]
+        self.frames = self.bar.n = self.bar.initial = state["frames"]
+        if RANK == 0:
+            size = min(state["bytes"], self.file.tell())
+            self.file.truncate(size)
+            self.file.seek(size)
+
+    def progress(self, frames):
+        self.bar.update(frames - self.frames)
+        self.frames = frames
+
+    def log(self, metrics, frames, updates):
+        """Writes a row; metrics: dict of tag -> number; losses get the speed of the whole run."""
+        if RANK:
+            return
+        seconds = time.time() - self.began
+        if "losses/model" in metrics:
+            speed = {"charts/SPS": frames / seconds, "time/updates_per_second": updates / seconds}
+            metrics = metrics | speed
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, frames)
+        row = {"frames": frames, "updates": updates, "seconds": round(seconds, 3)}
+        self.file.write(json.dumps(row | metrics, default=float) + "\n")
+        if "charts/episodic_return" in metrics:
+            self.bar.set_postfix({"return": metrics["charts/episodic_return"]}, refresh=False)
+
+    def gif(self, tag, film, frames):
+        """To TensorBoard and the run folder's videos/; film as in `save_gif`."""
+        if RANK:
+            return
+        path = self.run / "videos" / f"{tag.replace('/', '_')}_{frames}.gif"
+        save_gif(path, film)
+        image = summary.Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
+        value = summary.Summary.Value(tag=tag, image=image)
+        self.writer.file_writer.add_summary(summary.Summary(value=[value]), frames)
+
+    def close(self):
+        self.bar.close()
+        if RANK == 0:
+            self.file.close()
+            self.writer.close()
+
+
+def save_gif(path, film):
+    """film: (T, H, W) or (T, H, W, 3) uint8, or (T, B, C, H, W) in [0, 1], B side by side."""
+    if torch.is_tensor(film):
+        film = (255 * film.clamp(0, 1)).byte().cpu()
+        film = film.permute(0, 3, 1, 4, 2).flatten(2, 3).squeeze(3)  # (T, H, B * W, C)
+    path.parent.mkdir(exist_ok=True)
+    imageio.imwrite(path, np.asarray(film), duration=50, loop=0)  # ms per frame
+
+
+# Recording on a GPU
+
+UNUSABLE = "CUDA cannot be used after a failed recording: --resume with --no-graph"
+
+
+class Captured:
+    """A function of dicts of tensors, which a GPU records at the fourth call and then replays.
+
+    The outputs are written over by the next call. A function that cannot be recorded, and any
+    function on a CPU, is called each time.
+    """
+
+    def __init__(self, function, device, enabled):
+        self.function = function
+        self.device = device
+        self.graph = torch.cuda.CUDAGraph() if enabled and device.type == "cuda" else None
+        self.calls = 0
+
+    def __call__(self, *inputs):
+        inputs = [{k: torch.as_tensor(v, device=self.device) for k, v in x.items()} for x in inputs]
+        if self.graph is None:
+            return self.function(*inputs)
+        self.copy_in(inputs)
+        self.calls += 1
+        if self.calls <= 3:
+            self.warm_up()
+            return self.outputs
+        if self.calls == 4 and not self.record():
+            return self.function(*self.inputs)
+        self.graph.replay()
+        return self.outputs
+
+    def copy_in(self, inputs):
+        """Puts inputs where the graph will read them."""
+        if self.calls == 0:
+            self.inputs = [{k: v.clone() for k, v in x.items()} for x in inputs]
+            self.side = torch.cuda.Stream()  # a capture needs another stream than the usual one
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            torch._foreach_copy_(list(mine.values()), [given[k] for k in mine])
+
+    def warm_up(self):
+        """Calls the function on the side stream, as capture demands of the first calls."""
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            self.outputs = self.function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(self.side)
+
+    def record(self):
+        """Captures the function, which computes nothing yet -> whether that worked."""
+        usual_stream = torch.cuda.current_stream()
+        states = [generator.get_state() for generator in generators()]
+        self.side.wait_stream(usual_stream)
+        try:
+            with torch.cuda.graph(self.graph, stream=self.side):
+                self.outputs = self.function(*self.inputs)
+        except RuntimeError as error:
+            with explain(UNUSABLE, RuntimeError, kind=DeviceError):
+                torch.cuda.set_stream(usual_stream)  # a failed capture may leave the side stream
+                torch.rand(1, device=self.device)
+                torch.cuda.synchronize()
+            for generator, state in zip(generators(), states, strict=True):
+                generator.set_state(state)
+            self.graph = None
+            said = " ".join(str(error).split())[:200]
+            tqdm.write(f"this GPU cannot record, the run goes on step by step: {said}")
+            return False
+        usual_stream.wait_stream(self.side)
+        return True
