@@ -665,27 +665,20 @@ def main(args):
     act = runtime.Captured(partial(policy, agent), device, args.graph)
     act_greedily = runtime.Captured(partial(policy, agent, sample=False), device, args.graph)
     learn = runtime.Captured(partial(update, agent, optimizers, args=args), device, args.graph)
-
-    def evaluate():
-        state = rssm.initial(eval_envs.num_envs)
-        return common.evaluate(
-            eval_envs, act_greedily, state, args.eval_episodes, film=args.capture_video
-        )
-
+    evaluate = partial(
+        common.evaluate, eval_envs, act_greedily, rssm.initial(eval_envs.num_envs),
+        args.eval_episodes, film=args.capture_video,
+    )  # fmt: skip
     if args.evaluate:
         runtime.load_checkpoint(args.evaluate, {"agent": agent})
-        returns, film = evaluate()
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
-        if film:
-            runtime.save_gif(Path(args.evaluate, "videos/evaluate.gif"), film)
+        runtime.print_evaluation(args.evaluate, *evaluate())
         return 0
 
     # The run folder, and what of it a run goes on with.
     steps = args.total_frames // args.action_repeat
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
     rows = replay_rows(args)
-    replay_bytes = rows * args.num_envs * common.row_bytes(shapes)
-    run, is_new = runtime.open_run(config, replay_bytes)
+    run, is_new = runtime.open_run(config, rows * args.num_envs * common.row_bytes(shapes))
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, rows, shapes, args.num_envs, device)
     envs = common.Envs(args, args.num_envs, parallel=args.async_envs)
@@ -705,7 +698,7 @@ def main(args):
     frames = step * args.action_repeat
     row = None  # the first step resets
     state = rssm.initial(args.num_envs)
-    runtime.describe(args, device, agent, rows, replay_bytes)
+    runtime.describe(args, device, agent, replay)
 
     def save():
         counters = {"step": step, "updates": updates, "last_report": last_report}
@@ -745,13 +738,13 @@ def main(args):
             # Report what became due since the last report. An evaluation may fail, so save first.
             if due(args.checkpoint_every):
                 save()
-            if metrics and due(args.log_every):
-                logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
             if due(args.eval_every) and (updates or step >= steps):
                 returns, film = evaluate()
                 logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
+            if metrics and due(args.log_every):
+                logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
             if learning and "image" in shapes and args.video_every and due(args.video_every):
                 with runtime.forked_rng("video", args.seed):
                     film = agent["world_model"].open_loop(replay.sample(6, args.batch_length))
@@ -762,8 +755,8 @@ def main(args):
 
             # Observe.
             row, episodes = envs.receive()
-            replay.add(row)
             taken, episodes = runtime.gather_steps(row, episodes)  # of all processes
+            replay.add(row)
             step += taken  # a reset is no step
             frames = step * args.action_repeat
             logger.progress(frames)

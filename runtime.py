@@ -366,13 +366,21 @@ def write_args(run, args):
     new.replace(run / "args.yaml")
 
 
-def describe(args, device, agent, rows, replay_bytes):
+def describe(args, device, agent, replay):
     """Prints what a run consists of."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    gib = sum(data.nbytes for data in replay.data.values()) / 2**30
     processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
     print(f"{args.env_id} on {device} in {args.precision}{processes}")
-    print(f"parameters: {sizes}; replay {rows:,} rows, {replay_bytes / 2**30:.2f} GiB")
+    print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {gib:.2f} GiB")
+
+
+def print_evaluation(run, returns, film):
+    """Prints the mean and the standard deviation of returns; a film goes to RUN/videos."""
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
+    if film:
+        save_gif(Path(run, "videos/evaluate.gif"), film)
 
 
 def resume_command(run, env_id):
