@@ -12,7 +12,6 @@ import torch.distributions as td
 import torch.nn.functional as F
 from torch import nn
 
-import common
 import dreamerv1
 
 T, B, N, A, C, V = 8, 4, 32, 3, 1, 12
@@ -180,7 +179,7 @@ def test_act_is_for_dense_layers_and_cnn_act_for_convolutions(act, cnn_act, norm
     for layer, *norms, activation in hidden:
         dense = isinstance(layer, nn.Linear)
         assert type(activation) is ACTIVATIONS[act if dense else cnn_act]
-        assert [m.dense for m in norms] == ([dense] if norm == "layer" else [])
+        assert [m.channels_first for m in norms] == ([not dense] if norm == "layer" else [])
         assert all(isinstance(m, nn.LayerNorm) for m in norms)
         assert all(m.eps == 1e-3 and m.normalized_shape == layer.bias.shape for m in norms)
 
@@ -204,7 +203,7 @@ def test_weights_are_glorot_uniform_and_biases_zero():
         kinds.add(type(layer))
         check_glorot(layer.weight.detach(), fans)
         assert not layer.bias.any()
-    assert kinds == {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}
+    assert kinds == {nn.Linear, nn.Conv2d, nn.ConvTranspose2d, dreamerv1.PixelDeconv}
 
 
 def test_gru_starts_glorot_uniform_from_its_input_and_orthogonal_from_its_state():
@@ -626,7 +625,7 @@ def test_behavior_losses_train_actor_and_critic_alone_and_each_its_own(discrete,
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         assert all(g is None for g in grads)
     for loss, parameters in ((actor_loss, actor), (critic_loss, critic)):
-        common.opt_step(torch.optim.SGD(parameters, 0.0), loss, 100.0)
+        dreamerv1.opt_step(torch.optim.SGD(parameters, 0.0), loss, 100.0)
         others = {*x.agent.parameters()} - {*actor, *critic}
         assert all(p.grad is None for p in others)
         assert all(p.grad is not None and p.grad.any() for p in parameters)
@@ -759,15 +758,16 @@ def test_states_statistics_and_losses_are_float32_under_bfloat16():
 
 @pytest.mark.parametrize("scale", [0.3, 0.1])
 def test_continuous_exploration_adds_gaussian_noise_and_clips(scale):
-    args, rng = make(expl_noise=scale).args, np.random.default_rng(0)
+    args = make(expl_noise=scale).args
+    torch.manual_seed(0)
     center = np.float32([[0.1, 0.95]]).repeat(COUNT, 0)
-    action = dreamerv1.explore(center, 0, args, rng)
+    action = dreamerv1.explore(torch.from_numpy(center), 0, args).numpy()
     assert action.dtype == np.float32
     assert action.shape == center.shape
     noise = (action - center) / scale
     assert action.max() == 1
     assert action.min() >= -1
-    assert dreamerv1.explore(-center, 0, args, rng).min() == -1
+    assert dreamerv1.explore(torch.from_numpy(-center), 0, args).min() == -1
     assert abs((action[:, 1] == 1).mean() - scipy.stats.norm.sf(0.05 / scale)) < 0.02
     inside = noise[np.abs(noise[:, 0]) < 0.9 / scale, 0]
     truncated = scipy.stats.truncnorm(-0.9 / scale, 0.9 / scale)
@@ -782,10 +782,11 @@ def test_continuous_exploration_adds_gaussian_noise_and_clips(scale):
 @pytest.mark.parametrize("updates", [0, 50, 100, 200, 1000])
 def test_random_actions_decay_linearly_and_then_stay_among_one_hot_ones(updates, first, last):
     options = {"expl_epsilon": first, "expl_min": last, "expl_decay": 200}
-    args, rng = make(discrete=True, **options).args, np.random.default_rng(0)
+    args = make(discrete=True, **options).args
+    torch.manual_seed(0)
     epsilon = first + (last - first) * min(updates / 200, 1)
     greedy = np.eye(3, dtype=np.float32)[np.arange(COUNT) % 2]  # never action 2
-    action = dreamerv1.explore(greedy, updates, args, rng)
+    action = dreamerv1.explore(torch.from_numpy(greedy), updates, args).numpy()
     assert action.dtype == np.float32
     assert action.shape == (COUNT, 3)
     assert sorted(np.unique(action)) == [0, 1]

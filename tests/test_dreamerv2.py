@@ -12,7 +12,6 @@ import torch.distributions as td
 import torch.nn.functional as F
 from torch import nn
 
-import common
 import dreamerv2
 
 T, B, N, A, D, S, K, V, C = 6, 4, 24, 2, 10, 3, 5, 12, 1
@@ -486,7 +485,7 @@ def test_weights_are_glorot_uniform_and_biases_zero():
         assert abs(weight.mean()) < slack * limit, name
         assert abs(weight.std() * math.sqrt(3) / limit - 1) < slack, name
         assert not layer.bias.any(), name
-    assert kinds == {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}
+    assert kinds == {nn.Linear, nn.Conv2d, nn.ConvTranspose2d, dreamerv2.PixelDeconv}
 
 
 def test_layer_norms_start_as_the_identity_with_the_epsilon_of_keras():
@@ -885,7 +884,7 @@ def test_behavior_losses_train_actor_and_critic_alone_and_each_its_own(discrete,
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         assert all(g is None for g in grads)
     for loss, parameters in ((actor_loss, actor), (critic_loss, critic)):
-        common.opt_step(torch.optim.SGD(parameters, 0.0), loss, 100.0)
+        dreamerv2.opt_step(torch.optim.SGD(parameters, 0.0), loss, 100.0)
     assert all(p.grad is None for p in x.world_model.parameters())
     assert all(p.grad is None for p in x.slow_critic.parameters())
     assert all(p.grad is not None and p.grad.any() for p in actor + critic)

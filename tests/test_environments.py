@@ -4,10 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
-import ale_py
 import cv2
 import envs as tiny
 import gymnasium as gym
@@ -17,6 +15,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 
 import common
+import runtime
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,13 +49,18 @@ def run_python(code, **env):
 
 def play(envs, steps, seed=0):
     """Random play -> rows: dict of (steps + 1, N, ...), dones (steps + 1, N)."""
-    rng, done = np.random.default_rng(seed), np.zeros(envs.num_envs, bool)
-    rows, dones = [tiny.reset_rows(envs)], [done]
+    torch.manual_seed(seed)
+    rows = [tiny.reset_rows(envs)]
+    dones = [envs.ended]
     for _ in range(steps):
-        row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+        row, _ = tiny.step(envs, envs.random_actions())
         rows.append(row)
-        dones.append(done)
+        dones.append(envs.ended)
     return {k: np.stack([row[k] for row in rows]) for k in rows[0]}, np.stack(dones)
+
+
+def preset(env_id, observation="auto", preset="auto"):
+    return common.choose_preset(tiny.env_args(env_id, observation=observation, preset=preset))
 
 
 def check_alignment(rows, dones, codes):
@@ -81,7 +85,7 @@ def check_alignment(rows, dones, codes):
 
 # Rows
 def test_observation_action_and_reward_of_a_row_belong_together():
-    envs = common.make_envs(3, env_id="Counting-v0", seed=5)
+    envs = tiny.make_envs(3, "Counting-v0", seed=5)
     rows, dones = play(envs, 61)
     check_alignment(rows, dones, rows["action"].argmax(-1))
     assert rows["action"].shape == (62, 3, 3)
@@ -92,7 +96,7 @@ def test_observation_action_and_reward_of_a_row_belong_together():
 
 
 def test_observation_action_and_reward_of_a_row_belong_together_for_continuous_actions():
-    envs = common.make_envs(4, env_id="CountingContinuous-v0", seed=6)
+    envs = tiny.make_envs(4, "CountingContinuous-v0", seed=6)
     rows, dones = play(envs, 53)
     taken = (rows["action"] + 1) / 2 * np.array([6, 1]) + np.array([-2, 0])
     check_alignment(rows, dones, taken.sum(-1))
@@ -100,7 +104,7 @@ def test_observation_action_and_reward_of_a_row_belong_together_for_continuous_a
 
 
 def test_no_stored_action_was_ignored_by_the_environment():
-    envs = common.make_envs(3, env_id="Counting-v0", seed=7)
+    envs = tiny.make_envs(3, "Counting-v0", seed=7)
     rows, _ = play(envs, 47)
     for i, env in enumerate(envs.envs):
         stored = rows["action"][rows["is_first"][:, i] == 0, i]
@@ -111,7 +115,7 @@ def test_no_stored_action_was_ignored_by_the_environment():
 
 @pytest.mark.slow
 def test_environments_in_processes_of_their_own_give_the_same_rows():
-    sync = common.make_envs(2, env_id="envs:Counting-v0", seed=5)
+    sync = tiny.make_envs(2, "envs:Counting-v0", seed=5)
     parallel = common.make_envs(2, parallel=True, env_id="envs:Counting-v0", seed=5)
     assert isinstance(parallel, gym.vector.AsyncVectorEnv)
     (rows, dones), (same, same_dones) = play(sync, 41), play(parallel, 41)
@@ -125,12 +129,12 @@ def test_environments_in_processes_of_their_own_give_the_same_rows():
 
 
 def test_a_parallel_environment_that_cannot_be_made_is_a_user_error():
-    with pytest.raises(common.UserError, match="no NoSuchThing-v0"):
+    with pytest.raises(runtime.UserError, match="no NoSuchThing-v0"):
         common.make_envs(2, parallel=True, env_id="NoSuchThing-v0", seed=5)
 
 
 def test_frames_are_counted_without_reset_rows():
-    envs = common.make_envs(3, env_id="Counting-v0", seed=8, action_repeat=2)
+    envs = tiny.make_envs(3, "Counting-v0", seed=8, action_repeat=2)
     rng, done, step = np.random.default_rng(0), np.zeros(3, bool), 0
     tiny.reset_rows(envs)
     for _ in range(31):
@@ -144,7 +148,7 @@ def test_frames_are_counted_without_reset_rows():
 
 
 def test_environments_that_are_all_done_are_reset():
-    envs = common.make_envs(2, env_id="Counting-v0", seed=5)
+    envs = tiny.make_envs(2, "Counting-v0", seed=5)
     done = np.ones(2, bool)
     assert envs.shapes["is_first"] == ((), bool)  # as replay has it; a row is all in float32
     dtypes = {k: dtype for k, (_, dtype) in envs.shapes.items()} | {"is_first": np.float32}
@@ -179,7 +183,7 @@ def test_an_environment_alone_gives_the_rows_that_it_gives_among_others():
 
 
 def test_a_row_keeps_its_values_when_the_environment_goes_on():
-    envs = common.make_envs(2, env_id="Counting-v0", seed=9)
+    envs = tiny.make_envs(2, "Counting-v0", seed=9)
     row = tiny.reset_rows(envs)
     copy = {k: v.copy() for k, v in row.items()}
     common.step_rows(envs, np.eye(3, dtype=np.float32)[[1, 2]], np.zeros(2, bool))
@@ -189,14 +193,14 @@ def test_a_row_keeps_its_values_when_the_environment_goes_on():
 
 
 def test_random_actions_are_uniform():
-    envs = common.make_envs(3, env_id="Counting-v0", seed=1)
+    envs = tiny.make_envs(3, "Counting-v0", seed=1)
     rng = np.random.default_rng(0)
     actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
     assert envs.discrete
     assert set(actions.sum(-1)) == {1.0}
     assert abs(actions.mean(0) - 1 / 3).max() < 0.04
     envs.close()
-    envs = common.make_envs(3, env_id="CountingContinuous-v0", seed=1)
+    envs = tiny.make_envs(3, "CountingContinuous-v0", seed=1)
     actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
     assert not envs.discrete
     assert actions.dtype == np.float32
@@ -212,20 +216,20 @@ def seeds(rows, env):
 
 
 def test_episodes_have_seeds_that_follow_from_run_environment_and_number():
-    envs = common.make_envs(2, env_id="Counting-v0", seed=3)
+    envs = tiny.make_envs(2, "Counting-v0", seed=3)
     rows, _ = play(envs, 60)
     drawn = [seeds(rows, i)[:5] for i in (0, 1)]
     for i, k in ((0, 0), (0, 1), (1, 0), (1, 4)):
         assert drawn[i][k] == int(np.random.SeedSequence([3, i, k]).generate_state(1)[0]) >> 1
     assert len({*drawn[0], *drawn[1]}) == 10  # all differ
     envs.close()
-    shifted = common.make_envs(1, env_id="Counting-v0", seed=3, first_index=1)
+    shifted = tiny.make_envs(1, "Counting-v0", seed=3, first_index=1)
     assert seeds(play(shifted, 60)[0], 0)[:5] == drawn[1]
     shifted.close()
 
 
 def test_episodes_counts_those_that_began():
-    envs = common.make_envs(3, env_id="Counting-v0", seed=3, episodes=[0, 7, 2])
+    envs = tiny.make_envs(3, "Counting-v0", seed=3, episodes=[0, 7, 2])
     rows, _ = play(envs, 33)
     begun = [k[2] for k in envs.get_attr("key")]
     assert begun == (rows["is_first"].sum(0) + np.array([0, 7, 2])).tolist()
@@ -234,11 +238,11 @@ def test_episodes_counts_those_that_began():
 
 def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
     rng = np.random.default_rng(0)
-    whole = common.make_envs(2, env_id="CartPole-v1", seed=4)
+    whole = tiny.make_envs(2, "CartPole-v1", seed=4)
     rows, _ = play(whole, 200)
     whole.close()
     begins = [np.flatnonzero(rows["is_first"][:, i]) for i in (0, 1)]
-    resumed = common.make_envs(2, env_id="CartPole-v1", seed=4, episodes=[3, 5])
+    resumed = tiny.make_envs(2, "CartPole-v1", seed=4, episodes=[3, 5])
     first = tiny.reset_rows(resumed)
     for i, k in enumerate((3, 5)):
         np.testing.assert_array_equal(first["vector"][i], rows["vector"][begins[i][k], i])
@@ -258,7 +262,7 @@ def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
 def test_a_time_limit_in_frames_truncates_after_the_agent_step_that_reaches_it(
     frames, repeat, steps
 ):
-    env = common.make_env("Pendulum-v1", 1, 0, time_limit=frames, action_repeat=repeat)
+    env = tiny.make_env("Pendulum-v1", time_limit=frames, action_repeat=repeat)
     for _ in range(2):
         env.reset()
         ends = [env.step(np.zeros(1))[2:4] for _ in range(steps)]
@@ -266,7 +270,7 @@ def test_a_time_limit_in_frames_truncates_after_the_agent_step_that_reaches_it(
 
 
 def test_the_limit_of_the_environment_itself_holds_without_a_time_limit():
-    envs = common.make_envs(1, env_id="CountingShort-v0", seed=2)
+    envs = tiny.make_envs(1, "CountingShort-v0", seed=2)
     rows, dones = play(envs, 60)
     assert rows["vector"][..., 0].max() == 4
     cut = dones & (rows["vector"][..., 0] == 4) & (rows["is_terminal"] == 0)
@@ -277,7 +281,7 @@ def test_the_limit_of_the_environment_itself_holds_without_a_time_limit():
 # Atari
 @pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "ALE/Pong-v5"])
 def test_atari_frames_are_counted_once(env_id):
-    env = common.make_env(env_id, 1, 0, grayscale=True, action_repeat=4, sticky_prob=0.0)
+    env = tiny.make_env(env_id, grayscale=True, action_repeat=4, sticky_prob=0.0)
     env.reset()
     ale = env.unwrapped.ale
     for _ in range(5):
@@ -290,7 +294,7 @@ def test_atari_frames_are_counted_once(env_id):
 def test_atari_images_are_the_screen_in_gray_or_rgb(env_id):
     assert common.preset_name(env_id, "auto") == "atari"
     for grayscale, channels in ((True, 1), (False, 3)):
-        env = common.make_env(env_id, 1, 0, grayscale=grayscale)
+        env = tiny.make_env(env_id, grayscale=grayscale)
         assert env.observation_space["image"].shape == (channels, 64, 64)
         env.reset()
         for _ in range(4):
@@ -306,7 +310,7 @@ def test_atari_images_are_the_screen_in_gray_or_rgb(env_id):
 
 def test_atari_image_is_the_maximum_of_the_last_two_frames():
     pair = [
-        common.make_env("PongNoFrameskip-v4", 1, 0, grayscale=True, action_repeat=r) for r in (1, 4)
+        tiny.make_env("PongNoFrameskip-v4", grayscale=True, action_repeat=r) for r in (1, 4)
     ]
     for env in pair:
         env.reset()
@@ -324,7 +328,7 @@ def test_atari_image_is_the_maximum_of_the_last_two_frames():
 
 def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id():
     def made(env_id, **options):
-        env = common.make_env(env_id, 1, 0, grayscale=True, action_repeat=4, **options)
+        env = tiny.make_env(env_id, grayscale=True, action_repeat=4, **options)
         ale = env.unwrapped.ale
         return env.action_space.n, ale.getFloat("repeat_action_probability")
 
@@ -335,105 +339,8 @@ def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id():
     assert made("PongNoFrameskip-v4", full_action_space=True) == (18, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("env_id", "grayscale"), [("PongNoFrameskip-v4", True), ("ale_py:ALE/Breakout-v5", False)]
-)
-def test_atari_games_in_threads_give_the_rows_of_those_in_turn(env_id, grayscale, monkeypatch):
-    """To the bit, without no-ops and sticky actions, but for the last frame before a time limit."""
-    wrapper, vector = gym.wrappers.AtariPreprocessing, common.AtariVectorEnv
-    monkeypatch.setattr(
-        gym.wrappers, "AtariPreprocessing", lambda env, noops, *x, **kw: wrapper(env, 0, *x, **kw)
-    )
-    monkeypatch.setattr(common, "AtariVectorEnv", partial(vector, noop_max=0))
-    options = {"env_id": env_id, "seed": 5, "sticky_prob": 0.0, "grayscale": grayscale}
-    options |= {"action_repeat": 4, "time_limit": 1000}
-    ours, theirs = (common.make_envs(3, parallel, **options) for parallel in (True, False))
-    assert isinstance(ours.env, common.Games)
-    assert ours.shapes == theirs.shapes
-    assert ours.discrete is theirs.discrete is True
-    rng, done, ended, cuts = np.random.default_rng(1), np.ones(3, bool), 0, 0
-    action = np.zeros(ours.action_space.shape, np.float32)
-    for _ in range(560):
-        row, over, info = common.step_rows(ours, action, done)
-        same, done, expected = common.step_rows(theirs, action, done)
-        assert np.array_equal(over, done)
-        cut = done & (same["is_terminal"] == 0)
-        for key in same:
-            assert np.array_equal(row[key][~cut], same[key][~cut]), key
-            assert row[key].dtype == same[key].dtype
-        assert np.array_equal(row["is_terminal"], same["is_terminal"])
-        differ = (row["image"] != same["image"]).mean()
-        assert differ < 0.01
-        for i in np.flatnonzero(done):
-            ended += 1
-            for key in "rl":
-                assert info["episode"][key][i] == expected["episode"][key][i]
-        action = common.random_actions(ours, rng)
-        cuts += cut.sum()
-    assert ended > 5
-    assert cuts == ended == 6 if "Pong" in env_id else 0 < cuts < ended
-    assert np.array_equal(ours.keys, theirs.keys)
-    ours.close(terminate=True)
-    theirs.close()
-
-
-class Shaped(ale_py.env.AtariEnv):
-    """Pays for every step."""
-
-    def step(self, action):
-        obs, reward, *rest = super().step(action)
-        return obs, reward + 1, *rest
-
-
-@pytest.mark.parametrize("kwargs", [{"entry_point": Shaped}, {"mode": 1}, {"difficulty": 1}])
-def test_atari_games_that_someone_changed_do_not_run_in_threads(kwargs):
-    spec = gym.spec("PongNoFrameskip-v4")
-    own = {k: v for k, v in kwargs.items() if k != "entry_point"}
-    entry = kwargs.get("entry_point", spec.entry_point)
-    gym.register("ALE/Changed-v0", entry, kwargs=spec.kwargs | own)
-    fits = common.Games.fit("ALE/Changed-v0")
-    gym.registry.pop("ALE/Changed-v0")
-    assert not fits
-    assert common.Games.fit("ale_py:ALE/Pong-v5")
-    assert not common.Games.fit("CartPole-v1")
-    assert not common.Games.fit("nowhere:Thing-v0")
-
-
-def test_atari_games_in_threads_take_the_flags_and_seeds_of_their_own(monkeypatch):
-    made, vector = [], common.AtariVectorEnv
-
-    def spy(game, count, **kwargs):
-        made.append((game, kwargs["repeat_action_probability"], kwargs["full_action_space"]))
-        return vector(game, count, **kwargs)
-
-    monkeypatch.setattr(common, "AtariVectorEnv", spy)
-    first = []
-    for env_id, options, wanted in (
-        ("PongNoFrameskip-v4", {}, ("pong", 0.0, False)),
-        ("ALE/Pong-v5", {}, ("pong", 0.25, False)),
-        ("ALE/Pong-v5", {"sticky_prob": 0.0, "full_action_space": True}, ("pong", 0.0, True)),
-        ("ALE/Pong-v5", {"episodes": [7, 8]}, ("pong", 0.25, False)),
-        ("ALE/Pong-v5", {"episodes": [7, 8]}, ("pong", 0.25, False)),
-    ):
-        envs = common.make_envs(2, True, env_id=env_id, seed=5, action_repeat=4, **options)
-        assert made[-1] == wanted
-        assert envs.shapes["action"][0] == ((18,) if wanted[2] else (6,))
-        done, rows = np.ones(2, bool), []
-        for _ in range(40):
-            action = np.eye(envs.shapes["action"][0][0])[[2, 3]]
-            row, done, _ = common.step_rows(envs, action, done)
-            rows.append(row["image"].copy())
-        first.append(np.array(rows))
-        assert not np.array_equal(first[-1][:, 0], first[-1][:, 1])
-        envs.close(terminate=True)
-    assert np.array_equal(first[3], first[4])
-    assert not np.array_equal(first[1], first[3])  # other episodes, other no-ops
-    with pytest.raises(common.UserError, match="--observation vector does not fit"):
-        common.make_envs(2, True, env_id="ALE/Pong-v5", seed=5, observation="vector")
-
-
 def test_atari_episodes_begin_with_up_to_30_no_ops():
-    env = common.make_env("PongNoFrameskip-v4", 1, 0, grayscale=True, action_repeat=4)
+    env = tiny.make_env("PongNoFrameskip-v4", grayscale=True, action_repeat=4)
     noops = []
     for _ in range(12):
         env.reset()
@@ -444,7 +351,7 @@ def test_atari_episodes_begin_with_up_to_30_no_ops():
 
 
 def test_losing_a_life_ends_nothing():
-    env = common.make_env("BreakoutNoFrameskip-v4", 1, 0, grayscale=True, action_repeat=4)
+    env = tiny.make_env("BreakoutNoFrameskip-v4", grayscale=True, action_repeat=4)
     env.reset()
     lives, terminated = [5], False
     while not terminated and len(lives) < 2000:
@@ -467,19 +374,19 @@ def test_a_time_limit_truncates_an_atari_game():
 # dm_control
 def test_vectors_of_dm_control_need_no_opengl(monkeypatch):
     fake_probe(monkeypatch, [])
-    env = common.make_env("dmc/ball_in_cup-catch", 1, 0, observation="vector")
+    env = tiny.make_env("dmc/ball_in_cup-catch", observation="vector")
     assert env.reset()[0]["vector"].shape == (8,)
 
 
 @pytest.mark.slow
 def test_every_task_of_the_suite_can_be_made_from_vectors(gl):
-    common.make_env("dmc/walker-walk", 1, 0, observation="vector")  # chooses OpenGL first
+    tiny.make_env("dmc/walker-walk", observation="vector")  # chooses OpenGL first
     from dm_control import suite
 
     assert len(suite.ALL_TASKS) > 40
     for domain, task in suite.ALL_TASKS:
         env_id = f"dm_control/{domain}-{task}-v0"
-        env = common.make_env(env_id, 1, 0, observation="vector", action_repeat=2)
+        env = tiny.make_env(env_id, observation="vector", action_repeat=2)
         obs, _ = env.reset()
         assert obs["vector"].shape == env.observation_space["vector"].shape, env_id
         obs, _, terminated, truncated, _ = env.step(env.action_space.high)
@@ -522,7 +429,7 @@ def test_1000_frames_of_dm_control_are_500_agent_steps_with_the_rewards_summed()
 
 
 def test_only_a_discount_of_0_terminates_dm_control():
-    env = common.make_env("dm_control/lqr-lqr_2_1-v0", 1, 0, observation="vector", action_repeat=2)
+    env = tiny.make_env("dm_control/lqr-lqr_2_1-v0", observation="vector", action_repeat=2)
     env.reset()
     assert env.step(np.zeros(1))[2:4] == (False, False)
     physics = env.unwrapped._env.physics
@@ -535,7 +442,7 @@ def test_only_a_discount_of_0_terminates_dm_control():
 
 
 def test_dm_control_actions_fill_their_bounds():
-    env = common.make_env("dm_control/fish-swim-v0", 1, 0, observation="vector")
+    env = tiny.make_env("dm_control/fish-swim-v0", observation="vector")
     raw, taken = env.unwrapped, []
     bounds = raw.action_space
     step = raw.step
@@ -549,14 +456,14 @@ def test_dm_control_actions_fill_their_bounds():
 
 
 def test_a_misspelt_dm_control_task_names_the_nearest():
-    with pytest.raises(common.UserError, match="Did you mean: `walker-walk`"):
-        common.make_env("dm_control/walker-wlk-v0", 1, 0)
+    with pytest.raises(runtime.UserError, match="Did you mean: `walker-walk`"):
+        tiny.make_env("dm_control/walker-wlk-v0")
 
 
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
 import os, common
-make = lambda env_id, **options: common.make_env(env_id, 1, 0, action_repeat=2, **options)
+make = lambda env_id, **options: tiny.make_env(env_id, action_repeat=2, **options)
 make("dmc/ball_in_cup-catch", observation="vector").reset()
 both = make("dmc/ball_in_cup-catch", observation="both").reset()[0]
 assert {k: v.shape for k, v in both.items()} == {"image": (3, 64, 64), "vector": (8,)}, both
@@ -600,7 +507,7 @@ envs.close()
 def test_gymnasium_mujoco_is_drawn_without_any_setting(gl):
     code = """
 import common
-env = common.make_env("InvertedPendulum-v5", 1, 0, observation="pixels")
+env = tiny.make_env("InvertedPendulum-v5", observation="pixels")
 print("std", env.reset()[0]["image"].std())
 env.close()
 """
@@ -626,7 +533,7 @@ def fake_probe(monkeypatch, works, **environ):
 def test_opengl_is_egl_or_else_osmesa(monkeypatch):
     for works, tries in ((["egl", "osmesa"], ["egl"]), (["osmesa"], ["egl", "osmesa"])):
         tried = fake_probe(monkeypatch, works)
-        common.make_env("CartPole-v1", 1, 0, observation="pixels")
+        tiny.make_env("CartPole-v1", observation="pixels")
         assert tried == tries
         assert common.os.environ["MUJOCO_GL"] == tries[-1]
         assert common.os.environ["PYOPENGL_PLATFORM"] == tries[-1]
@@ -635,7 +542,7 @@ def test_opengl_is_egl_or_else_osmesa(monkeypatch):
 def test_opengl_is_looked_for_once(monkeypatch):
     tried = fake_probe(monkeypatch, ["egl"])
     for _ in range(3):
-        common.make_env("CartPole-v1", 1, 0, observation="pixels")
+        tiny.make_env("CartPole-v1", observation="pixels")
     assert tried == ["egl"]
 
 
@@ -646,7 +553,7 @@ def test_opengl_is_looked_for_once(monkeypatch):
 def test_the_users_choice_of_opengl_is_respected(monkeypatch, env_id, observation, gl):
     tried = fake_probe(monkeypatch, ["egl", "osmesa"], MUJOCO_GL=gl)
     before = dict(common.os.environ)
-    common.make_env(env_id, 1, 0, observation=observation).reset()
+    tiny.make_env(env_id, observation=observation).reset()
     assert common.os.environ == before
     assert tried == []
 
@@ -654,14 +561,14 @@ def test_the_users_choice_of_opengl_is_respected(monkeypatch, env_id, observatio
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "PongNoFrameskip-v4"])
 def test_no_opengl_is_looked_for_where_nothing_is_drawn(monkeypatch, env_id):
     tried = fake_probe(monkeypatch, ["egl", "osmesa"])
-    common.make_env(env_id, 1, 0)
+    tiny.make_env(env_id)
     assert tried == []
     assert "MUJOCO_GL" not in common.os.environ
 
 
 def test_no_opengl_is_no_error_where_none_is_needed(monkeypatch):
     tried = fake_probe(monkeypatch, [])
-    env = common.make_env("CartPole-v1", 1, 0, observation="pixels")
+    env = tiny.make_env("CartPole-v1", observation="pixels")
     assert tried == ["egl", "osmesa"]
     assert "MUJOCO_GL" not in common.os.environ
     assert env.reset()[0]["image"].std() > 5
@@ -670,20 +577,20 @@ def test_no_opengl_is_no_error_where_none_is_needed(monkeypatch):
 @pytest.mark.parametrize("observation", ["auto", "pixels", "both"])
 def test_pixels_without_any_opengl_name_the_package_to_install(monkeypatch, observation):
     tried = fake_probe(monkeypatch, [])
-    with pytest.raises(common.UserError, match="apt-get install libegl1"):
-        common.make_env("dmc/ball_in_cup-catch", 1, 0, observation=observation)
+    with pytest.raises(runtime.UserError, match="apt-get install libegl1"):
+        tiny.make_env("dmc/ball_in_cup-catch", observation=observation)
     assert tried == ["egl", "osmesa"]
 
 
 # Any other id
 def make_still(name, obs, space, actions=None, **options):
     tiny.register_still(name, obs, space, actions)
-    env = common.make_env(name, 1, 0, **options)
+    env = tiny.make_env(name, **options)
     return env, env.reset()[0]
 
 
 def test_cartpole_is_a_vector_with_one_hot_actions():
-    env = common.make_env("CartPole-v1", 1, 0)
+    env = tiny.make_env("CartPole-v1")
     assert common.preset_name("CartPole-v1", "auto") == "other"
     assert env.observation_space == Dict({"vector": Box(-np.inf, np.inf, (4,), np.float32)})
     assert env.action_space == MultiBinary(2)
@@ -696,7 +603,7 @@ def test_cartpole_is_a_vector_with_one_hot_actions():
 
 
 def test_actions_of_pendulum_are_scaled_to_2():
-    env = common.make_env("Pendulum-v1", 1, 0)
+    env = tiny.make_env("Pendulum-v1")
     env.reset()
     for action, torque in ((-1, -2), (0.25, 0.5), (1, 2)):
         env.step(np.array([action], np.float32))
@@ -771,7 +678,7 @@ def test_an_image_and_vectors_in_a_dict_can_be_chosen():
 
 
 def test_cartpole_is_drawn_for_pixels():
-    env = common.make_env("CartPole-v1", 1, 0, observation="pixels")
+    env = tiny.make_env("CartPole-v1", observation="pixels")
     out, _ = env.reset()
     assert list(out) == ["image"]
     screen = cv2.resize(env.render(), (64, 64), interpolation=cv2.INTER_AREA)
@@ -781,15 +688,15 @@ def test_cartpole_is_drawn_for_pixels():
         moved = env.step(np.eye(2)[1])[0]["image"]
     assert (moved != out["image"]).any()
     env.close()
-    both = common.make_env("CartPole-v1", 1, 0, observation="both", grayscale=True).reset()[0]
+    both = tiny.make_env("CartPole-v1", observation="both", grayscale=True).reset()[0]
     assert {k: v.shape for k, v in both.items()} == {"image": (1, 64, 64), "vector": (4,)}
 
 
 @pytest.mark.filterwarnings("ignore:.*render_mode")  # so gymnasium puts it
 def test_an_environment_that_cannot_be_drawn_is_refused():
     tiny.register_still("Blind-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)))
-    with pytest.raises(common.UserError, match="Blind-v0"):
-        common.make_env("Blind-v0", 1, 0, observation="pixels")
+    with pytest.raises(runtime.UserError, match="Blind-v0"):
+        tiny.make_env("Blind-v0", observation="pixels")
 
 
 def test_discrete_actions_may_start_above_0():
@@ -822,7 +729,7 @@ def test_actions_of_several_dimensions_are_flat_outside():
 
 
 def test_an_action_is_repeated_until_the_episode_ends():
-    env = common.make_env("Counting-v0", 1, 0, action_repeat=4)
+    env = tiny.make_env("Counting-v0", action_repeat=4)
     env.reset()
     length, total, done = env.unwrapped.length, 0, False
     while not done:
@@ -839,7 +746,7 @@ def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "envs")
     for name in [k for k in gym.registry if k.startswith("Counting")]:
         monkeypatch.delitem(gym.registry, name)
-    env = common.make_env("envs:Counting-v0", 1, 0)
+    env = tiny.make_env("envs:Counting-v0")
     assert env.reset()[0]["vector"].shape == (4,)
 
 
@@ -849,7 +756,7 @@ def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
 ])  # fmt: skip
 def test_observations_that_are_not_boxes_are_refused_in_one_line(space):
     said = f"^only Box, Dict of Box, Discrete fit, not {re.escape(str(space))} and "
-    with pytest.raises(common.UserError, match=said) as error:
+    with pytest.raises(runtime.UserError, match=said) as error:
         make_still("BadObservation-v0", None, space)
     assert "\n" not in str(error.value)
 
@@ -857,17 +764,17 @@ def test_observations_that_are_not_boxes_are_refused_in_one_line(space):
 @pytest.mark.parametrize("actions", [MultiDiscrete([2, 3]), MultiBinary(3), Dict(a=Discrete(2))])
 def test_actions_that_are_neither_discrete_nor_boxes_are_refused_in_one_line(actions):
     said = rf"^only Box, Dict of Box, Discrete fit, not Box\(.*\) and {re.escape(str(actions))}$"
-    with pytest.raises(common.UserError, match=said) as error:
+    with pytest.raises(runtime.UserError, match=said) as error:
         make_still("BadAction-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), actions)
     assert "\n" not in str(error.value)
 
 
 def test_an_observation_that_does_not_fit_is_refused():
     image = np.zeros((64, 64, 3), np.uint8)
-    with pytest.raises(common.UserError, match="--observation vector does not fit"):
+    with pytest.raises(runtime.UserError, match="--observation vector does not fit"):
         make_still("OnlyImage-v0", image, Box(0, 255, image.shape, np.uint8), observation="vector")
     space = Dict({k: Box(0, 255, image.shape, np.uint8) for k in "ab"})
-    with pytest.raises(common.UserError, match="--observation auto does not fit"):
+    with pytest.raises(runtime.UserError, match="--observation auto does not fit"):
         make_still("TwoImages-v0", {"a": image, "b": image}, space)
 
 
@@ -877,13 +784,13 @@ def test_an_observation_that_does_not_fit_is_refused():
     ("ALE/Pongg-v5", "namespace ALE. Did you mean: `Pong`"),
 ])  # fmt: skip
 def test_an_unknown_id_names_the_nearest(wrong, right):
-    with pytest.raises(common.UserError, match=f"^no {wrong}: .*{right}"):
-        common.make_env(wrong, 1, 0)
+    with pytest.raises(runtime.UserError, match=f"^no {wrong}: .*{right}"):
+        tiny.make_env(wrong)
 
 
 def test_an_id_whose_module_is_missing_is_a_user_error():
-    with pytest.raises(common.UserError, match="no_such_module"):
-        common.make_env("no_such_module:Thing-v0", 1, 0)
+    with pytest.raises(runtime.UserError, match="no_such_module"):
+        tiny.make_env("no_such_module:Thing-v0")
 
 
 # Evaluation

@@ -135,7 +135,7 @@ def case(request, monkeypatch):
     monkeypatch.setattr(script, "lambda_return", keep_return)
     monkeypatch.setattr(model.rssm, "imagine", keep_imagined)
     loss, post, metrics = model.loss(batch)
-    loss.backward(inputs=[*model.parameters()])  # as in common.opt_step
+    loss.backward(inputs=[*model.parameters()])  # as in opt_step
     actor_loss, critic_loss, more = script.behavior_loss(
         model, *behavior, post, batch["is_terminal"], args
     )
