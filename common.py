@@ -47,15 +47,16 @@ def is_atari(env_id):
 def make_env(args, index, render=False):
     """The environment of an index, with seeds of its own; UserError if it cannot be made.
 
-    args has env_id, seed, observation, pixels, grayscale, action_repeat, time_limit (in frames, 0
-    leaves that of the environment), sticky_prob and full_action_space.
+    args has env_id, seed, observation, pixels, grayscale, action_repeat, time_limit (in frames,
+    0 leaves that of the environment), sticky_prob and full_action_space.
     """
-    dm_control, atari = is_dm_control(args.env_id), is_atari(args.env_id)
+    dm_control = is_dm_control(args.env_id)
+    atari = is_atari(args.env_id)
     observation = "pixels" if args.pixels else args.observation
     if dm_control and observation == "auto":
         observation = "pixels"
-    draws = render or observation in ("pixels", "both")
-    options = {"render_mode": "rgb_array"} if draws else {}
+    renders = render or observation in ("pixels", "both")
+    options = {"render_mode": "rgb_array"} if renders else {}
     env_id = args.env_id
     if dm_control:
         env_id = f"dm_control/{env_id.split('/', 1)[1].removesuffix('-v0')}-v0"
@@ -70,14 +71,14 @@ def make_env(args, index, render=False):
         if args.sticky_prob is not None:
             options["repeat_action_probability"] = args.sticky_prob
 
-    if "MUJOCO_GL" not in os.environ and (dm_control or (draws and not atari)):
-        choose_gl(needed=dm_control and draws)
+    if "MUJOCO_GL" not in os.environ and (dm_control or (renders and not atari)):
+        choose_gl(needed=dm_control and renders)
     with explain(f"no {env_id}", Exception, SystemExit):
         if dm_control:
             env = gym.make(f"shimmy:{env_id}", disable_env_checker=True, **options)
         else:
             env = gym.make(env_id, disable_env_checker=True, **options)
-        if draws and "rgb_array" not in env.metadata.get("render_modes", ()):
+        if renders and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("it cannot be drawn")
     if atari:
         env = gym.wrappers.AtariPreprocessing(
@@ -93,7 +94,7 @@ def make_env(args, index, render=False):
 
 
 def choose_gl(needed):
-    """Sets MUJOCO_GL, if the user did not, to what draws here without a screen: EGL or OSMesa."""
+    """Sets MUJOCO_GL, if the user did not, to what renders without a screen: EGL or OSMesa."""
     probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
     for gl in ("egl", "osmesa"):
         environ = os.environ | {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
@@ -101,7 +102,8 @@ def choose_gl(needed):
             os.environ.update(environ)
             return
     if needed:
-        raise UserError("no OpenGL without a screen: apt-get install libegl1 libgl1, or libosmesa6")
+        hint = "apt-get install libegl1 libgl1, or libosmesa6"
+        raise UserError(f"no OpenGL without a screen: {hint}")
 
 
 def explain_failure(env_id, seed, index, episode):
@@ -113,8 +115,8 @@ def explain_failure(env_id, seed, index, episode):
 class DreamerSpaces(gym.Wrapper):
     """Any Box or Dict of Boxes as a dict of image (C, 64, 64) uint8 and vector (V,) float32.
 
-    Discrete actions are one-hot, others flat in [-1, 1] and scaled to finite bounds. Each episode
-    has a seed that follows from those of the run, the environment and its number.
+    Discrete actions are one-hot, others flat in [-1, 1] and scaled to finite bounds. The seed of
+    an episode follows from those of the run, the environment's index and the episode's number.
     """
 
     def __init__(self, env, observation, grayscale, seed, index):
@@ -124,20 +126,23 @@ class DreamerSpaces(gym.Wrapper):
         self.episode = 0  # how many have begun
         self.actions = env.action_space
         space = env.observation_space
-        boxes = space.spaces if isinstance(space, Dict) else {None: space}
+        boxes = space.spaces if isinstance(space, Dict) else {None: space}  # a Box has no key
         boxed = all(isinstance(box, Box) for box in boxes.values())
         if not (boxed and isinstance(self.actions, Discrete | Box)):
-            raise UserError(f"only Box, Dict of Box, Discrete fit, not {space} and {self.actions}")
+            both = f"{space} and {self.actions}"
+            raise UserError(f"only Box, Dict of Box, Discrete fit, not {both}")
 
         images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
+        vectors = [k for k in boxes if k not in images]
         self.image_keys = images if observation != "vector" else []
-        self.vector_keys = [k for k in boxes if k not in images] if observation != "pixels" else []
+        self.vector_keys = vectors if observation != "pixels" else []
         spaces = {}
         if self.image_keys or observation in ("pixels", "both"):
             spaces["image"] = Box(0, 255, (1 if grayscale else 3, SIZE, SIZE), np.uint8)
         if self.vector_keys:
             size = sum(flatdim(boxes[k]) for k in self.vector_keys)
             spaces["vector"] = Box(-np.inf, np.inf, (size,), np.float32)
+        # At most one image, of shape (H, W), (H, W, 1) or (H, W, 3).
         channels = [boxes[k].shape[2:] for k in self.image_keys]
         if not spaces or channels not in ([], [()], [(1,)], [(3,)]):
             raise UserError(f"--observation {observation} does not fit observations {space}")
@@ -146,7 +151,7 @@ class DreamerSpaces(gym.Wrapper):
         flat = flatten_space(self.actions)
         if isinstance(self.actions, Discrete):
             self.action_space = MultiBinary(int(self.actions.n))
-            scaled = np.zeros(flat.shape, bool)
+            scaled = np.zeros(flat.shape, bool)  # `step` leaves one-hot actions as they are
         else:
             self.action_space = Box(-1, 1, flat.shape, np.float32)
             scaled = np.isfinite(flat.low) & np.isfinite(flat.high)
@@ -159,15 +164,17 @@ class DreamerSpaces(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         sequence = np.random.SeedSequence([self.seed, self.index, self.episode])
+        seed = int(sequence.generate_state(1)[0]) >> 1
         self.episode += 1
         with self.explain_failure():
-            obs, _ = self.env.reset(seed=int(sequence.generate_state(1)[0]) >> 1, options=options)
+            obs, _ = self.env.reset(seed=seed, options=options)
             return self.observe(obs), {}
 
     def step(self, action):
         action = self.low + (action + 1) / 2 * (self.high - self.low)
+        action = unflatten(self.actions, action)
         with self.explain_failure():
-            obs, reward, terminated, truncated, _ = self.env.step(unflatten(self.actions, action))
+            obs, reward, terminated, truncated, _ = self.env.step(action)
             return self.observe(obs), reward, terminated, truncated, {}
 
     def observe(self, obs):
@@ -182,7 +189,7 @@ class DreamerSpaces(gym.Wrapper):
         return out
 
     def resize(self, image):
-        """(H, W) or (H, W, C) -> (1 or 3, 64, 64); a pixel is the mean of the area it covers."""
+        """(H, W) or (H, W, C) -> (1 or 3, 64, 64); each pixel is the mean of what it covers."""
         shape = self.observation_space["image"].shape
         image = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
         if image.ndim == 3 and shape[0] == 1:
@@ -250,26 +257,20 @@ class Envs:
                     self.vector.step_async(self.action)
 
     def receive(self):
-        """Ends a step -> its row, a dict of (N, ...) float32 or uint8, and the episodes that ended.
+        """Ends a step -> row, a dict of (N, ...) float32 or uint8, and the episodes that ended.
 
         An episode is a dict of charts/episodic_return and charts/episodic_length.
         """
         is_first = self.ended
-        if self.all_ended:
-            with self.explain_dead_process():
-                obs, _ = self.vector.reset_wait() if self.parallel else self.vector.reset()
-            reward = np.zeros(self.num_envs)
-            terminated = truncated = np.zeros(self.num_envs, bool)
-        else:
-            with self.explain_dead_process():
-                step = self.vector.step_wait() if self.parallel else self.vector.step(self.action)
-            obs, reward, terminated, truncated, _ = step
+        with self.explain_dead_process():
+            obs, reward, terminated, truncated = self.end_step()
         self.ended = terminated | truncated
         self.returns = np.where(is_first, 0, self.returns + reward)
         self.lengths = np.where(is_first, 0, self.lengths + 1)
         self.episodes = self.episodes + is_first
         action = self.action * ~is_first[:, None]  # a reset ignored it
-        row = {"action": action, "reward": reward, "is_first": is_first, "is_terminal": terminated}
+        row = {"action": action, "reward": reward}
+        row |= {"is_first": is_first, "is_terminal": terminated}
         episodes = [
             {
                 "charts/episodic_return": float(self.returns[i]),
@@ -278,6 +279,16 @@ class Envs:
             for i in np.flatnonzero(self.ended)
         ]
         return obs | {k: v.astype(np.float32) for k, v in row.items()}, episodes
+
+    def end_step(self):
+        """-> obs, a dict of (N, ...), reward, terminated, truncated (N,)."""
+        if self.all_ended:  # if only some have, gymnasium resets these in its step
+            obs, _ = self.vector.reset_wait() if self.parallel else self.vector.reset()
+            no = np.zeros(self.num_envs, bool)
+            return obs, np.zeros(self.num_envs), no, no
+        if self.parallel:
+            return self.vector.step_wait()[:4]
+        return self.vector.step(self.action)[:4]
 
     @contextlib.contextmanager
     def explain_dead_process(self):
@@ -326,23 +337,25 @@ def evaluate(envs, act, state, episodes, film=False):
     act: function of a row and a state -> actions (N, A), state. The film, at most 1000 frames,
     shows the first environment until an episode ends.
     """
-    quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
-    quota[np.arange(envs.num_envs) % WORLD != RANK] = 0  # each process plays some of them
+    # How many episodes each environment has to play; each process plays those of some.
+    to_play = np.zeros(envs.num_envs, int)
+    for i in range(RANK, envs.num_envs, WORLD):
+        to_play[i] = len(range(i, episodes, envs.num_envs))
     returns = []
     frames = []
     envs.restart()
     with forked_rng("evaluation", envs.seed):
         envs.send(envs.random_actions())  # a reset ignores them
         row, _ = envs.receive()
-        while quota.any():
+        while to_play.any():
             if film and RANK == 0 and not returns and len(frames) < 1000:
                 frames.append(envs.render()[0])
             action, state = act(row, state)
             envs.send(action)
             row, _ = envs.receive()
-            for i in np.flatnonzero(envs.ended & (quota > 0)):
+            for i in np.flatnonzero(envs.ended & (to_play > 0)):
                 returns.append(float(envs.returns[i]))
-                quota[i] -= 1
+                to_play[i] -= 1
     return np.concatenate(all_gather(returns)), frames
 
 
@@ -353,7 +366,8 @@ DTYPES = {"image": np.uint8, "is_first": np.bool_}  # of what is kept; the rest 
 
 def row_bytes(shapes):
     """Bytes that a row of one environment takes in the replay."""
-    return sum(np.dtype(DTYPES.get(k, np.float32)).itemsize * math.prod(shapes[k]) for k in shapes)
+    sizes = {k: np.dtype(DTYPES.get(k, np.float32)).itemsize for k in shapes}
+    return sum(sizes[k] * math.prod(shape) for k, shape in shapes.items())
 
 
 class Replay:
@@ -370,17 +384,19 @@ class Replay:
         self.end = 0  # the row after the newest
         with explain(f"another process trains in {self.folder}, or it is missing", OSError):
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this one ends, however it does
+            # This process holds the lock until it ends, however it does.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.fresh = not any(self.folder.glob("*.npy"))
         self.written = self.map("written", (1, 2), np.int64)[0]  # rows ever written, capacity
-        came_round = self.written[0] > self.written[1]
-        grown = 0 if came_round else capacity  # a ring that has come round keeps its size
-        self.capacity = int(max(self.written[1], grown))
+        rows_written, old_capacity = self.written.tolist()
+        self.capacity = max(capacity, old_capacity)
+        if rows_written > old_capacity:  # rows were overwritten, by places that depend on it
+            self.capacity = old_capacity
         self.data = {}
         for key, shape in shapes.items():
             dtype = DTYPES.get(key, np.float32)
             self.data[key] = self.map(key, (self.capacity, num_envs, *shape), dtype)
-        self.written[1] = self.capacity  # at last, so that growth on a full disk can be given up
+        self.written[1] = self.capacity  # last: if the disk was full, the old capacity holds
 
     def map(self, name, shape, dtype):
         """Makes an array, or opens one and lets its file grow to the shape."""
@@ -388,7 +404,8 @@ class Replay:
         with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
             if self.fresh:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
-            data = np.lib.format.open_memmap(path, "r")  # r+ would fill up a file that was cut off
+            # To read alone, for to write would fill up a file that was cut off.
+            data = np.lib.format.open_memmap(path, "r")
             if (data.shape[1:], data.dtype) != (shape[1:], dtype):
                 raise ValueError(f"it has {data.shape} {data.dtype}")
             header = {"descr": data.dtype.str, "fortran_order": False, "shape": shape}
@@ -398,13 +415,13 @@ class Replay:
             return np.load(path, mmap_mode="r+")
 
     def state_dict(self):
-        """Writes the maps to disk, so that a checkpoint never knows more rows than they hold."""
+        """Writes the maps to disk: a checkpoint must not know more rows than they hold."""
         for data in (*self.data.values(), self.written):
             data.flush()
         return {"start": self.start, "end": self.end}
 
     def load_state_dict(self, state):
-        """Goes back to the rows of a checkpoint, less those that a full ring has overwritten."""
+        """Goes back to the rows of a checkpoint, less those that were overwritten since."""
         self.end = state["end"]
         oldest = int(self.written[0]) - self.capacity
         self.start = min(self.end, max(state["start"], oldest))
@@ -423,27 +440,31 @@ class Replay:
         self.end += 1
 
     def sample(self, batch_size, length, favor_ends=False):
-        """Draws windows uniformly, none across the oldest row -> dict of (T, B, ...) tensors.
+        """Draws windows of rows -> dict of (T, B, ...) tensors, on the device.
 
-        With favor_ends, one that ends on an episode's last row has the weight of length + 1 others.
+        All windows of `length` rows between the oldest and the newest are equally likely; with
+        favor_ends, those that end on an episode's last row count length + 1 times.
         """
-        starts = (len(self) - length + 1) * self.num_envs
-        assert starts > 0, f"no {length} rows in a replay of {len(self)}"
-        ends = self.windows_on_ends(length) if favor_ends else np.empty(0, int)
-        draw = torch.randint(starts + length * len(ends), (batch_size,)).numpy()
-        extra = draw >= starts
-        draw[extra] = ends[(draw[extra] - starts) // length]
-        row = self.start + draw // self.num_envs
-        env = draw % self.num_envs
+        # Window w begins w // num_envs rows after the oldest one, in environment w % num_envs.
+        windows = (len(self) - length + 1) * self.num_envs
+        assert windows > 0, f"no {length} rows in a replay of {len(self)}"
+        ends = self.windows_at_ends(length) if favor_ends else np.empty(0, int)
+        ticket = torch.randint(windows + length * len(ends), (batch_size,)).numpy()
+        extra = ticket >= windows
+        window = ticket.copy()
+        window[extra] = ends[(ticket[extra] - windows) // length]
+        row = self.start + window // self.num_envs
+        env = window % self.num_envs
         index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
         batch = {k: torch.from_numpy(v[index, env]) for k, v in self.data.items()}
         if self.device.type == "cuda":  # from pinned memory, nobody waits for it
             batch = {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
         return batch
 
-    def windows_on_ends(self, length):
-        """The windows that end on an episode's last row, as the draws of `sample` count them."""
+    def windows_at_ends(self, length):
+        """The numbers of the windows that end on an episode's last row, before a reset."""
         resets = np.flatnonzero(self.data["is_first"][: self.end])  # fast, since of one byte
-        age = (resets // self.num_envs - self.start) % self.capacity
+        slot, env = np.divmod(resets, self.num_envs)
+        age = (slot - self.start) % self.capacity  # rows since the oldest
         whole = (age >= length) & (age < len(self))
-        return ((age - length) * self.num_envs + resets % self.num_envs)[whole]
+        return ((age - length) * self.num_envs + env)[whole]

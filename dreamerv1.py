@@ -1,8 +1,8 @@
 """DreamerV1: Hafner et al., "Dream to Control", arXiv 1912.01603.
 
-A world model with Gaussian latents learns from pixels or vectors. Actor and critic learn inside it,
-the actor by the gradient of imagined returns through the learned dynamics. Where paper and code
-disagree we follow the code.
+A world model with Gaussian latents learns from pixels or vectors. Actor and critic learn inside
+it, the actor by the gradient of imagined returns through the learned dynamics. Where paper and
+code disagree we follow the code.
 
     python dreamerv1.py --env-id Pendulum-v1                # learns in minutes on a laptop
     python dreamerv1.py --env-id dm_control/walker-walk-v0  # the paper's agent
@@ -16,9 +16,9 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_first      1          0          0          1          0
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
-Shapes: T steps, B sequences, N = T * B imagination starts, with a discount head (T - 1) * B,
-I = horizon imagined states, A action, E embed, D deter, S stoch, F feat; C, H, W image, V vector;
-(T, B) scalar per step.
+Shapes: T steps, B sequences, N = T * B imagination starts (with a discount head (T - 1) * B;
+when acting, N environments), I = horizon imagined states, A action, E embed, D deter, S stoch,
+F feat; C, H, W image, V vector. A scalar per step is (T, B).
 """
 
 import math
@@ -41,10 +41,10 @@ from runtime import Count, Rate, Share, UserError
 
 
 @dataclass
-class Args:
+class Args:  # Count, Rate and Share are numbers with bounds
     # --- run ---
     env_id: str = "dm_control/walker-walk-v0"  # or any gymnasium id
-    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # auto: by id
+    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # by id
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's
     seed: int = 1  # seed of networks, replay and environments
     total_frames: Count = 200_000_000  # env frames, action repeat included
@@ -59,12 +59,12 @@ class Args:
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels for dm_control
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # what it sees
     pixels: bool = False  # short for --observation pixels, rendered if need be
     grayscale: bool = False  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance that an action is repeated
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeating an action
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: int = 5000  # env frames of random play before learning
@@ -121,6 +121,7 @@ class Args:
     wandb_entity: str | None = None  # team in Weights & Biases
 
 
+# What each preset changes; the defaults above are those for Atari.
 DMC = {
     "total_frames": 1_000_000, "action_repeat": 2, "time_limit": 1000, "reward_transform": "none",
     "discount_head": False, "kl_scale": 1.0, "imag_horizon": 15,
@@ -139,14 +140,17 @@ PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32, since a CPU sums its gradient in the type of x: (..., U) or (N, C, H, W)."""
+    """Norm in float32, because a CPU would sum bfloat16 gradients in bfloat16.
+
+    x: (..., U), or images (batch, C, H, W) with a norm over the channels of each pixel.
+    """
 
     def __init__(self, size, channels_first):
         super().__init__(size, eps=1e-3)
         self.channels_first = channels_first
 
     def forward(self, x):
-        if self.channels_first:  # each pixel has a norm of its own
+        if self.channels_first:
             return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)
         return super().forward(x.float())
 
@@ -185,7 +189,7 @@ class Encoder(nn.Module):
         if self.image:
             sizes = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # 64 -> 31 -> 14 -> 6 -> 2
             self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
-            self.size += 32 * d
+            self.size += 8 * d * 2 * 2
         if self.vector:
             self.mlp = mlp(self.vector[0], args.layers, args)
             self.size += args.units
@@ -193,7 +197,7 @@ class Encoder(nn.Module):
     def forward(self, obs):
         embed = []
         if self.image:
-            x = self.conv(pixels(obs["image"]).flatten(0, -4))  # (T * B, 8d, 2, 2)
+            x = self.conv(pixels(obs["image"]).flatten(0, -4))  # (batch, 8d, 2, 2)
             embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:-3]))
         if self.vector:
             embed.append(self.mlp(obs["vector"]))
@@ -201,10 +205,10 @@ class Encoder(nn.Module):
 
 
 class PixelDeconv(nn.ConvTranspose2d):
-    """A transposed convolution of one pixel, a single matrix product and faster as such."""
+    """A transposed convolution of one pixel, which is one matrix product and faster as such."""
 
     def forward(self, x):
-        """(N, C, 1, 1) -> (N, out, kernel, kernel)."""
+        """(batch, C, 1, 1) -> (batch, out, kernel, kernel)."""
         weight = self.weight.flatten(1)  # (C, out * kernel * kernel)
         bias = self.bias.repeat_interleave(self.weight[0, 0].numel())
         return F.linear(x.flatten(1), weight.T, bias).unflatten(-1, self.weight.shape[1:])
@@ -233,7 +237,7 @@ class Decoder(nn.Module):
     def forward(self, feat):
         recon = {}
         if self.image:
-            x = self.linear(feat).flatten(0, -2)[:, :, None, None]  # (T * B, 32d, 1, 1)
+            x = self.linear(feat).flatten(0, -2)[:, :, None, None]  # (batch, 32d, 1, 1)
             recon["image"] = self.conv(x).float().unflatten(0, feat.shape[:-1])
         if self.vector:
             recon["vector"] = self.mlp(feat).float()
@@ -250,7 +254,8 @@ class Head(nn.Module):
 
     def forward(self, feat):
         x = self.mlp(feat).float()
-        with torch.autocast(feat.device.type, enabled=False):  # bfloat16 has 95.0 and 95.5 only
+        # In float32: near 95, bfloat16 knows only steps of 0.5.
+        with torch.autocast(feat.device.type, enabled=False):
             return self.out(x).squeeze(-1)
 
     def loss(self, feat, target):
@@ -284,7 +289,7 @@ class OneHot:
         # Gumbel's trick: the best sum of logit and such noise is class k with probability p_k.
         noise = -(-torch.rand_like(self.logit).log()).log()
         sample = self.one_hot(self.logit + noise)
-        if self.logit.requires_grad:
+        if self.logit.requires_grad:  # straight-through: adds 0, with the gradient of probs
             sample = sample + (self.probs - self.probs.detach())
         return sample
 
@@ -299,10 +304,11 @@ class TanhNormal(td.TransformedDistribution):
     """tanh of Gaussians, (..., A); its entropy and mode are found from 100 samples."""
 
     def __init__(self, mean, std):
-        tanh = td.TanhTransform(cache_size=1)  # that keeps samples as they were before tanh
+        tanh = td.TanhTransform(cache_size=1)  # it remembers what samples were before tanh
         super().__init__(td.Independent(td.Normal(mean, std), 1), tanh)
 
-    def log_prob(self, x):  # of an action that may have been rounded to the bounds
+    def log_prob(self, x):
+        # An action may have been rounded to a bound, where atanh is infinite.
         return super().log_prob(x.clamp(-1 + 1e-6, 1 - 1e-6))
 
     def entropy(self):
@@ -312,7 +318,7 @@ class TanhNormal(td.TransformedDistribution):
     def mode(self):
         """The most likely of 100 samples, each batch element its own."""
         x = self.rsample((100,))  # (100, ..., A)
-        best = super().log_prob(x).argmax(0)[None, ..., None].expand_as(x[:1])
+        best = super().log_prob(x).argmax(0)[None, ..., None].expand_as(x[:1])  # (1, ..., A)
         return x.gather(0, best)[0]
 
 
@@ -347,7 +353,7 @@ def detach(tensors):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (Eq. 9): a deterministic GRU path and S Gaussian variables.
+    """Recurrent state-space model (Eq. 9): a deterministic GRU path and S Gaussians.
 
     State: deter (..., D), stoch, mean, std (..., S).
     """
@@ -405,7 +411,8 @@ class RSSM(nn.Module):
 
     def obs_step(self, prev, action, embed, is_first):
         """Posterior state q(z_t | h_t, x_t), eyes open."""
-        keep = is_first.logical_not()[:, None].float()  # (B, 1), a new episode forgets both
+        # A new episode forgets the state and the action before it.
+        keep = is_first.logical_not()[:, None].float()  # (B, 1)
         prev = {k: prev[k] * keep for k in ("deter", "stoch")}
         deter = self.gru_step(prev, action * keep)
         return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
@@ -414,13 +421,14 @@ class RSSM(nn.Module):
         """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...)."""
         state = self.initial(embed.shape[1])
         states = []
-        # Nothing but the recurrence is in the loop, in float32: its small products gain nothing.
+        # Only the recurrence is in the loop, in float32: bfloat16 would not make it faster.
         with torch.autocast(embed.device.type, enabled=False):
             for inputs in zip(action, embed.float(), is_first, strict=True):
                 state = self.obs_step(state, *inputs)
                 states.append(state)
         post = stack(states)
-        return post, self.stats(self.img_out(post["deter"]))  # the prior is never sampled
+        # The prior of a step has the same deter; the KL needs its statistics alone, no sample.
+        return post, self.stats(self.img_out(post["deter"]))
 
     def imagine(self, actor, start, horizon):
         """Follows the actor from start, a dict of (N, ...), through the prior.
@@ -431,6 +439,7 @@ class RSSM(nn.Module):
         feats = [self.feat(start)]
         actions = []
         for _ in range(horizon):
+            # The actor's gradient takes no way through what the actor sees.
             actions.append(actor(feats[-1].detach()).rsample())  # (N, A)
             state = self.img_step(state, actions[-1])
             feats.append(self.feat(state))
@@ -457,15 +466,19 @@ class WorldModel(nn.Module):
         self.discount = Head(size, args.discount_layers, args) if args.discount_head else None
 
     def loss(self, batch):
-        """Eq. 10: batch, a dict of (T, B, ...) -> loss (), post of (T, B, ...), metrics of ()."""
+        """Eq. 10: batch, a dict of (T, B, ...) -> loss (), post (T, B, ...), metrics."""
         args = self.args
         post, prior = self.rssm.observe(self.encoder(batch), batch["action"], batch["is_first"])
         feat = self.rssm.feat(post)  # (T, B, F)
+        rows = batch["reward"].numel()  # T * B
         losses = {}
-        for key, recon in self.decoder(feat).items():  # summed over pixels, means over T and B
+        for key, recon in self.decoder(feat).items():
+            # -log N(target; recon, 1) without its constant: sum over pixels, mean over rows.
             target = pixels(batch[key]) if key == "image" else batch[key]
-            losses[key] = 0.5 * F.mse_loss(recon, target, reduction="sum") / feat[..., 0].numel()
-        reward = torch.tanh(batch["reward"]) if args.reward_transform == "tanh" else batch["reward"]
+            losses[key] = 0.5 * F.mse_loss(recon, target, reduction="sum") / rows
+        reward = batch["reward"]
+        if args.reward_transform == "tanh":
+            reward = torch.tanh(reward)
         losses["reward"] = self.reward.loss(feat, reward).mean()
         if self.discount:
             # The soft target holds gamma: the predicted discount is not multiplied by it again.
@@ -511,6 +524,7 @@ def behavior_loss(world_model, actor, critic, post, is_terminal, args):
         post = {k: v[:-1] for k, v in post.items()}
         is_terminal = is_terminal[:-1]
     start = {k: v.flatten(0, 1) for k, v in detach(post).items()}  # (N, ...)
+    # REINFORCE needs no gradient through the dream.
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action = world_model.rssm.imagine(actor, start, args.imag_horizon)  # (I, N, ...)
         reward = world_model.reward(feat)  # (I, N)
@@ -550,7 +564,8 @@ def make_agent(shapes, args):
     """Fresh networks; shapes: action (A,), image (C, 64, 64) and/or vector (V,)."""
     model = WorldModel(shapes, args)
     size = model.rssm.feat_size
-    agent = nn.ModuleDict({"world_model": model, "actor": Actor(size, shapes["action"][0], args)})
+    agent = nn.ModuleDict({"world_model": model})
+    agent["actor"] = Actor(size, shapes["action"][0], args)
     agent["critic"] = Head(size, args.critic_layers, args)
     for module in agent.modules():  # Keras's defaults, on which the released code relies
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -568,7 +583,7 @@ def make_agent(shapes, args):
 
 
 def make_optimizers(agent, args):
-    """One Adam each, of its own learning rate."""
+    """An Adam for each of the three losses; capturable, so that a GPU can record its steps."""
     rates = {"world_model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
     optimizers = {}
     for name, lr in rates.items():
@@ -583,7 +598,7 @@ def opt_step(optimizer, loss, clip):
     """One gradient step -> the gradient's global norm before it was clipped, ()."""
     parameters = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=parameters)  # passes through the other networks, but leaves none there
+    loss.backward(inputs=parameters)  # passes through other networks without training them
     runtime.average_gradients(parameters)  # over the processes of torchrun
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
@@ -609,17 +624,20 @@ def update(agent, optimizers, batch, args):
 
 @torch.no_grad()
 def policy(agent, row, state, sample=True):
-    """Acts on a row, a dict of (N, ...), after a state -> action (N, A), state."""
+    """A step of acting: row, a dict of (N, ...), and the state before -> action (N, A), state.
+
+    Without `sample` the action is the mode; the latent state is a sample in either case.
+    """
     rssm = agent["world_model"].rssm
     embed = agent["world_model"].encoder(row)
     state = rssm.obs_step(state, row["action"], embed, row["is_first"])
     dist = agent["actor"](rssm.feat(state))
-    action = dist.rsample() if sample else dist.mode  # the latent state is always sampled
-    return action, {k: state[k] for k in ("deter", "stoch")}
+    action = dist.rsample() if sample else dist.mode
+    return action, {k: state[k] for k in ("deter", "stoch")}  # as in RSSM.initial
 
 
 def explore(action, updates, args):
-    """Adds noise to continuous actions (N, A); replaces a share of discrete ones by random ones."""
+    """Noise on continuous actions (N, A), random ones in place of some discrete ones."""
     if args.actor_dist != "onehot":
         return (action + args.expl_noise * torch.randn_like(action)).clamp(-1, 1)
     epsilon = np.interp(updates, (0, args.expl_decay), (args.expl_epsilon, args.expl_min))
@@ -651,8 +669,9 @@ def replay_rows(args):
 
 def main(args):
     """Trains an agent, or with --evaluate plays a trained one -> exit code."""
-    config = asdict(args)
+    config = asdict(args)  # as given: what "auto" stands for may differ on the next machine
     device = runtime.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
+    # The environments of evaluations have seeds apart from those of training.
     eval_envs = common.Envs(
         args, min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video
     )
@@ -661,10 +680,11 @@ def main(args):
     agent = make_agent(shapes, args).to(device)
     optimizers = make_optimizers(agent, args)
     rssm = agent["world_model"].rssm
-    # A GPU records these three once and replays them.
-    act = runtime.Captured(partial(policy, agent), device, args.graph)
-    act_greedily = runtime.Captured(partial(policy, agent, sample=False), device, args.graph)
-    learn = runtime.Captured(partial(update, agent, optimizers, args=args), device, args.graph)
+    # A GPU records each of these and replays it, writing over the outputs of the call before.
+    captured = partial(runtime.Captured, device=device, enabled=args.graph)
+    act = captured(partial(policy, agent))
+    act_greedily = captured(partial(policy, agent, sample=False))
+    learn = captured(partial(update, agent, optimizers, args=args))
     evaluate = partial(
         common.evaluate, eval_envs, act_greedily, rssm.initial(eval_envs.num_envs),
         args.eval_episodes, film=args.capture_video,
@@ -674,18 +694,19 @@ def main(args):
         runtime.print_evaluation(args.evaluate, *evaluate())
         return 0
 
-    # The run folder, and what of it a run goes on with.
-    steps = args.total_frames // args.action_repeat
+    # Begin a run, or go on with that of --resume.
+    total_steps = args.total_frames // args.action_repeat
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
     rows = replay_rows(args)
     run, is_new = runtime.open_run(config, rows * args.num_envs * common.row_bytes(shapes))
+    runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, rows, shapes, args.num_envs, device)
     envs = common.Envs(args, args.num_envs, parallel=args.async_envs)
-    runtime.seed_process(args.seed)
+    runtime.describe(args, device, agent, replay)
     metrics = runtime.Metrics()
     logger = runtime.Logger(run, config)
-    parts = {
+    parts = {  # all that a checkpoint holds, but for the counters
         "agent": agent, "optimizers": optimizers, "replay": replay, "envs": envs,
         "metrics": metrics, "logger": logger,
     }  # fmt: skip
@@ -698,7 +719,6 @@ def main(args):
     frames = step * args.action_repeat
     row = None  # the first step resets
     state = rssm.initial(args.num_envs)
-    runtime.describe(args, device, agent, replay)
 
     def save():
         counters = {"step": step, "updates": updates, "last_report": last_report}
@@ -706,51 +726,56 @@ def main(args):
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
-        if step >= steps and frames > last_report:
+        if finished and frames > last_report:
             return True
         return every > 0 and frames // every > last_report // every
 
     if is_new:
-        save()
-    with runtime.Interrupt() as interrupt:
+        save()  # so that a run can be resumed from its first moment on
+    with runtime.Interrupt() as interrupt:  # on a signal or a failed environment: save and end
         while not interrupt.agreed():
-            # Act: the environments begin a step, at first a reset. Its noise follows from the
-            # step, so that one which a signal drops leaves no trace in the numbers to come.
+            finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = frames >= args.prefill and len(replay) >= args.batch_length
-            if step < steps:
+
+            # Act: environments begin a step, a reset where an episode has ended. The noise has a
+            # seed that follows from the step: one that a signal drops leaves no trace.
+            if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:
                         action, state = act(row, state)
                         action = explore(action, updates, args)
                     else:
-                        action = envs.random_actions()  # a reset ignores it
+                        action = envs.random_actions()
                 envs.send(action)
 
-            # Learn meanwhile. A resumed run makes up for updates that a signal prevented.
-            owed = args.pretrain + args.train_steps * ((frames - args.prefill) // args.train_every)
+            # Learn while they step: `pretrain` updates when random play ends, then `train_steps`
+            # at a time. A resumed run makes up for updates that a signal prevented.
+            trainings = (frames - args.prefill) // args.train_every
+            owed = args.pretrain + args.train_steps * trainings
             while learning and updates < owed and not interrupt.agreed():
                 batch = replay.sample(batch_size, args.batch_length)
-                metrics.record(learn(batch), updates)
+                losses = learn(batch)
+                metrics.record(losses, updates)
                 updates += 1
             if interrupt.code:
                 break  # the step in flight is dropped: nothing of it was stored
 
-            # Report what became due since the last report. An evaluation may fail, so save first.
+            # Report what became due since the last report; save before an evaluation can fail.
             if due(args.checkpoint_every):
                 save()
-            if due(args.eval_every) and (updates or step >= steps):
+            if due(args.eval_every) and (updates or finished):
                 returns, film = evaluate()
                 logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
-            if metrics and due(args.log_every):
+            if due(args.log_every) and updates:
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
-            if learning and "image" in shapes and args.video_every and due(args.video_every):
+            if args.video_every and due(args.video_every) and learning and "image" in shapes:
                 with runtime.forked_rng("video", args.seed):
                     film = agent["world_model"].open_loop(replay.sample(6, args.batch_length))
                 logger.gif("open_loop", film, frames)
             last_report = frames
-            if step >= steps:
+            if finished:
                 break
 
             # Observe.

@@ -1,8 +1,8 @@
 """What a run needs and no reader of a paper: flags, run folders, checkpoints, logs, processes.
 
-With torchrun, each process has environments and a replay of its own. It learns from its share of
-the batch with the mean of all gradients, so that the networks stay the same everywhere. The first
-process, of rank 0, logs and saves for all.
+With torchrun, each process has environments and a replay of its own. It learns from its share
+of the batch with the mean of all gradients, so that the networks stay the same everywhere. The
+first process, of rank 0, logs and saves for all.
 
     torchrun --nproc-per-node 2 dreamerv2.py --env-id CartPole-v1
 """
@@ -48,10 +48,10 @@ Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 
 # Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
 CHANGEABLE = {
-    *("resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes"),
-    *("video_every", "checkpoint_every", "capture_video", "track"),
-    *("cuda", "threads", "graph", "compile"),
-}
+    "resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes",
+    "video_every", "checkpoint_every", "capture_video", "track", "cuda", "threads", "graph",
+    "compile",
+}  # fmt: skip
 
 
 # Errors that take one line
@@ -98,7 +98,7 @@ def exit_on_error():
 
 class Interrupt(contextlib.AbstractContextManager):
     """Lets a loop end between two steps: on Ctrl-C (code 130; a second one ends at once), on
-    SIGTERM (143), or because an environment failed (1).
+    SIGTERM (143), or because an environment failed (1). What follows the loop still runs.
     """
 
     def __init__(self):
@@ -112,7 +112,7 @@ class Interrupt(contextlib.AbstractContextManager):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self):
-        """The exit code if any process was told to end: all of them end after the same step."""
+        """Asks all processes whether any was told to end -> code, or 0; also in self.code."""
         self.code = max(all_gather(self.received))
         return self.code
 
@@ -186,7 +186,10 @@ def explain_lost_process():
 
 
 def all_gather(value):
-    """The objects of all processes, by rank."""
+    """The objects of all processes, by rank.
+
+    One whose environments failed sends ENVIRONMENTS_FAILED; the others raise ElsewhereError.
+    """
     if WORLD == 1:
         return [value]
     values = [None] * WORLD
@@ -198,8 +201,13 @@ def all_gather(value):
     return values
 
 
+def wait_for_all():
+    """Returns when every process has come here."""
+    all_gather(None)
+
+
 def process_mean(x):
-    """The mean of a tensor over all processes, with the gradient of this one's x."""
+    """The mean of a tensor over all processes; its gradient is that of this process's x."""
     if WORLD == 1:
         return x
     mean = x.detach().clone()
@@ -217,7 +225,7 @@ def average_gradients(parameters):
 
 
 def gather_steps(row, episodes):
-    """Agent steps in a row (resets are none) and episodes that ended -> those of all processes."""
+    """Agent steps in a row, a reset being none, and ended episodes -> of all processes."""
     taken = int((1 - row["is_first"]).sum())
     gathered = all_gather((taken, episodes))
     return sum(n for n, _ in gathered), [episode for _, ended in gathered for episode in ended]
@@ -246,7 +254,7 @@ def seed_process(seed):
 
 @contextlib.contextmanager
 def forked_rng(*key):
-    """Inside, torch's draws follow from the key and the process; those outside do not notice."""
+    """Inside, torch's draws follow from key and process; those outside do not notice."""
     states = [generator.get_state() for generator in generators()]
     for generator in generators():
         generator.manual_seed(seed_of(*key))
@@ -272,8 +280,8 @@ def parse_args(cls, presets, choose_preset, argv=None):
     if len(named) > 1 or (named and not run):
         raise UserError("--resume and --evaluate take a run folder, and do not go together")
 
-    known = run and not (given.resume and is_free(run))  # a run that exists
-    if known:
+    exists = run and not (given.resume and is_free(run))
+    if exists:
         default = read_args(cls, run)
         if ":" in default["env_id"] and given.env_id != default["env_id"]:
             raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
@@ -282,7 +290,7 @@ def parse_args(cls, presets, choose_preset, argv=None):
 
     args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
     check_bounds(args)
-    if known:
+    if exists:
         changeable = CHANGEABLE | ({"seed"} if given.evaluate else set())
         for name, value in vars(args).items():
             if value != default[name] and name not in changeable:
@@ -307,7 +315,7 @@ def check_bounds(args):
 
 
 def read_args(cls, run):
-    """What args.yaml of a run folder holds, checked against the types of `cls`; executes none."""
+    """What args.yaml of a run folder holds, checked against the types of `cls`."""
     with explain(f"{run} is no run folder of this script", Exception):
         args = yaml.safe_load((Path(run) / "args.yaml").read_text())
         typeguard.check_type(args, typing.TypedDict("Args", typing.get_type_hints(cls)))
@@ -346,10 +354,12 @@ def open_run(args, replay_bytes):
             for rank in range(WORLD):
                 (rank_folder(run, rank) / "replay").mkdir(parents=True)
             write_args(run, args)
-    all_gather("the folders are there")
+    wait_for_all()
     count = 1 + len([*run.glob("rank[1-9]*")])
     if count != WORLD:
-        raise UserError(f"{run} has replays for --nproc-per-node {count} in all, not for {WORLD}")
+        raise UserError(
+            f"{run} has replays for --nproc-per-node {count} in all, not for {WORLD}"
+        )  # fmt: skip
     print(f"a new run begins in {run}" if is_new else f"the run in {run} goes on")
     return run, is_new
 
@@ -393,10 +403,10 @@ def resume_command(run, env_id):
 
 
 def save_checkpoint(run, parts, counters):
-    """Writes the states of all parts, of torch's generators and the counters, a dict of numbers.
+    """Writes the states of all parts and of torch's generators, and the counters, a dict.
 
     parts: dict of name -> part, or a dict of several, with state_dict and load_state_dict.
-    The file before becomes checkpoint.old.pt; a crash at any moment leaves one that can be read.
+    The file before becomes checkpoint.old.pt; after any crash one of them can be read.
     """
     state = {"counters": counters, "generators": [g.get_state() for g in generators()]}
     for name, part in parts.items():
@@ -408,7 +418,7 @@ def save_checkpoint(run, parts, counters):
     state["ranks"] = all_gather({name: state[name] for name in own if name in state})
     if RANK == 0:
         replace_checkpoint(Path(run), state)
-    all_gather("the checkpoint is there")
+    wait_for_all()
 
 
 def replace_checkpoint(run, state):
@@ -424,14 +434,15 @@ def replace_checkpoint(run, state):
 
 
 def load_checkpoint(run, parts):
-    """Gives parts and generators their states from the last whole checkpoint -> its counters."""
+    """Gives parts and generators the states of the last whole checkpoint -> its counters."""
     for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt"):
         path = Path(run) / name
         try:
             counters = read_checkpoint(path, parts)
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
-                print(f"{path} cannot be used, trying another: {error!r}"[:200], file=sys.stderr)
+                said = f"{path} cannot be used, trying another: {error!r}"
+                print(said[:200], file=sys.stderr)
         else:
             agree_on_checkpoint(counters, parts.get("replay"))
             return counters
@@ -477,10 +488,7 @@ class Metrics:
     def __init__(self):
         self.names = []
         self.values = torch.zeros(0)  # of the last update
-        self.first_bad = torch.tensor(torch.inf)  # the update at which each was first not finite
-
-    def __bool__(self):
-        return bool(self.names)
+        self.first_bad = torch.tensor(torch.inf)  # the first update whose value was not finite
 
     def record(self, metrics, updates):
         """Keeps a dict of scalar tensors."""
@@ -490,7 +498,7 @@ class Metrics:
         self.first_bad = bad_now.minimum(self.first_bad)
 
     def read(self):
-        """Means over the processes, a dict of floats; FloatingPointError names the first bad."""
+        """Means over processes, a dict of floats; FloatingPointError names the first bad."""
         when = self.first_bad.min().item()
         if when < torch.inf:
             bad = [self.names[i] for i in (self.first_bad == when).nonzero()]
@@ -499,6 +507,7 @@ class Metrics:
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def state_dict(self):
+        """Raises FloatingPointError as `read` does: no checkpoint follows a bad update."""
         return self.read()
 
     def load_state_dict(self, state):
@@ -524,7 +533,7 @@ class Logger:
         if RANK:
             return
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        write_args(run, args)
+        write_args(run, args)  # again, since --resume may have changed some
         if args["track"]:
             sys.modules["wandb"].init(
                 project=args["wandb_project_name"], entity=args["wandb_entity"],
@@ -539,7 +548,8 @@ class Logger:
 
     def state_dict(self):
         seconds = time.time() - self.began
-        return {"frames": self.frames, "seconds": seconds, "bytes": 0 if RANK else self.file.tell()}
+        size = 0 if RANK else self.file.tell()
+        return {"frames": self.frames, "seconds": seconds, "bytes": size}
 
     def load_state_dict(self, state):
         """Goes back to the log of a checkpoint; rows that came after it come again."""
@@ -555,13 +565,15 @@ class Logger:
         self.frames = frames
 
     def log(self, metrics, frames, updates):
-        """Writes a row; metrics: dict of tag -> number; losses get the speed of the whole run."""
+        """Writes a row; metrics: dict of tag -> number. The speed is that of the whole run."""
         if RANK:
             return
         seconds = time.time() - self.began
         if "losses/model" in metrics:
-            speed = {"charts/SPS": frames / seconds, "time/updates_per_second": updates / seconds}
-            metrics = metrics | speed
+            metrics = metrics | {
+                "charts/SPS": frames / seconds,  # environment frames
+                "time/updates_per_second": updates / seconds,
+            }
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, frames)
         row = {"frames": frames, "updates": updates, "seconds": round(seconds, 3)}
@@ -597,14 +609,15 @@ def save_gif(path, film):
 
 # Recording on a GPU
 
+WARM_UP_CALLS = 3  # before a function is recorded
 UNUSABLE = "CUDA cannot be used after a failed recording: --resume with --no-graph"
 
 
 class Captured:
     """A function of dicts of tensors, which a GPU records at the fourth call and then replays.
 
-    The outputs are written over by the next call. A function that cannot be recorded, and any
-    function on a CPU, is called each time.
+    Inputs, numpy arrays too, are moved to the device. The outputs are written over by the next
+    call. A function that cannot be recorded, and any function on a CPU, is called each time.
     """
 
     def __init__(self, function, device, enabled):
@@ -614,18 +627,21 @@ class Captured:
         self.calls = 0
 
     def __call__(self, *inputs):
-        inputs = [{k: torch.as_tensor(v, device=self.device) for k, v in x.items()} for x in inputs]
+        inputs = [self.to_device(x) for x in inputs]
         if self.graph is None:
             return self.function(*inputs)
         self.copy_in(inputs)
         self.calls += 1
-        if self.calls <= 3:
+        if self.calls <= WARM_UP_CALLS:
             self.warm_up()
             return self.outputs
-        if self.calls == 4 and not self.record():
+        if self.calls == WARM_UP_CALLS + 1 and not self.record():
             return self.function(*self.inputs)
         self.graph.replay()
         return self.outputs
+
+    def to_device(self, tensors):
+        return {k: torch.as_tensor(v, device=self.device) for k, v in tensors.items()}
 
     def copy_in(self, inputs):
         """Puts inputs where the graph will read them."""
@@ -652,7 +668,7 @@ class Captured:
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
             with explain(UNUSABLE, RuntimeError, kind=DeviceError):
-                torch.cuda.set_stream(usual_stream)  # a failed capture may leave the side stream
+                torch.cuda.set_stream(usual_stream)  # the capture may have left another one
                 torch.rand(1, device=self.device)
                 torch.cuda.synchronize()
             for generator, state in zip(generators(), states, strict=True):

@@ -17,6 +17,7 @@ import html
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ import instruments as tools
 import torch
 
 import common
+import runtime
+from runtime import UserError
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem;
@@ -47,25 +50,29 @@ def measure(run, episodes, horizon, seed=0):
     """All numbers of the report, and the data that its pictures need."""
     torch.manual_seed(seed)
     length = run.args.batch_length
+    imagined = run.args.imag_horizon
     fresh, returns = tools.play(run, episodes)
     windows = tools.replayed(run, 2 * run.args.batch_size, length, seed)
     part = {k: v[:5000] for k, v in fresh.items()}  # rows, for every one is a start
     recent = tools.replayed(run, run.args.batch_size, length, seed, last=10 * length)
     numbers = {
         "env_id": run.args.env_id, "script": run.script.__name__, "frames": run.frames,
-        "updates": run.updates, "imag_horizon": run.args.imag_horizon, "returns": returns,
+        "updates": run.updates, "imag_horizon": imagined, "returns": returns,
         "fresh": tools.horizon_curves(run, part, horizon),
         "replay": tools.horizon_curves(run, windows, horizon),
         "optimism": tools.optimism(run, fresh),
+        "replay_optimism": tools.replay_optimism(run, windows),
         "horizons": tools.horizons(run),
         "drift": {
-            "far": tools.drift(run, windows, run.args.imag_horizon),
+            "far": tools.drift(run, windows, imagined),
             "log_likelihood": tools.log_likelihood(run, windows),
         },
         "recent_log_likelihood": tools.log_likelihood(run, recent),
         "health": tools.health(run, windows),
     }  # fmt: skip
-    numbers["predictable"] = {k: tools.predictable(numbers[k]) for k in ("fresh", "replay")}
+    sources = ("fresh", "replay")
+    numbers["reward_errors"] = {k: tools.reward_errors(numbers[k], imagined) for k in sources}
+    numbers["predictable"] = {k: tools.predictable(numbers[k]) for k in sources}
     numbers["predictable"]["ends"] = tools.predictable(numbers["replay"], "continuation")
     numbers["verdict"] = verdict(numbers)
     return numbers, fresh, windows
@@ -263,29 +270,29 @@ def captioned(frame, text):
 
 def film_episode(run, limit=1000):
     """An evaluation episode as frames with the return so far on them -> frames, return."""
-    envs = common.make_envs(1, first_index=30_000, render=True, **run.options)
-    state, done = run.rssm.initial(1), np.ones(1, bool)
-    action, total, frames = np.zeros(envs.action_space.shape, np.float32), 0.0, []
-    act = common.Captured(
-        lambda row, state: run.script.policy(run.agent, row, state, False), run.device, False
-    )
+    envs = common.Envs(run.args, 1, first_index=30_000, render=True)
+    play = partial(run.script.policy, run.agent, sample=False)
+    act = runtime.Captured(play, run.device, False)
+    state = run.rssm.initial(1)
+    frames = []
+    envs.send(envs.random_actions())  # a reset ignores them
     while True:
-        row, done, _ = common.step_rows(envs, action, done)
-        total += float(row["reward"][0])
+        row, _ = envs.receive()
+        total = float(envs.returns[0])
         if len(frames) < limit:
             frames.append(captioned(envs.render()[0], f"return {total:.1f}"))
-        if done[0]:
+        if envs.all_ended:
             envs.close()
             return frames, total
         action, state = act(row, state)
-        action = action.cpu().numpy()
+        envs.send(action)
 
 
 @torch.no_grad()
 def film_dream(run, batch, steps, context=5):
     """Imagination under the present policy from a real start -> frames, or UserError."""
     if "image" not in batch:
-        raise common.UserError("--dream needs an agent that learns from images")
+        raise UserError("--dream needs an agent that learns from images")
     seen = {k: v[:context] for k, v in batch.items()}
     post, _ = tools.observe(run, seen)
     start = {k: v[-1] for k, v in post.items()}
@@ -323,10 +330,22 @@ def rows(pairs):
     return f"<table>{cells}</table>"
 
 
+def error_rows(numbers):
+    """Reward errors after some steps, of fresh episodes and of the replay, as rows of a table."""
+    errors = numbers["reward_errors"]
+    for key in errors["fresh"]:
+        name = "reward error of the mean" if key == "mean" else f"reward error, steps: {key}"
+        cells = [f"{errors[k][key]:.3g}" if key in errors[k] else "-" for k in ("fresh", "replay")]
+        yield f"{name}; fresh, replay", ", ".join(cells)
+
+
 def report(run, numbers, fresh, windows, log):
     """The page, as text."""
-    value, health, steps = numbers["optimism"], numbers["health"], numbers["predictable"]
+    value = numbers["optimism"]
+    health = numbers["health"]
+    steps = numbers["predictable"]
     rank = value["rank_correlation"]
+    late = numbers["replay_optimism"]
     args = html.escape((run.folder / "args.yaml").read_text())
     title = html.escape(f"{numbers['script']} on {numbers['env_id']}")
     parts = [f"<h1>{title}</h1><p>{numbers['frames']:,} frames, {numbers['updates']:,} updates. "]
@@ -358,6 +377,7 @@ def report(run, numbers, fresh, windows, log):
     parts.append(rows([
         ("rewards predictable to, fresh episodes (steps)", told(steps["fresh"])),
         ("the same, replay", told(steps["replay"])),
+        *error_rows(numbers),
         ("ends of episodes predictable to, replay", told(steps["ends"])),
     ]))  # fmt: skip
     context = 5
@@ -366,7 +386,7 @@ def report(run, numbers, fresh, windows, log):
         film = run.model.open_loop({k: v[:, :6] for k, v in windows.items()})
         (run.folder / "videos").mkdir(exist_ok=True)
         path = run.folder / "videos" / "open_loop_report.gif"
-        common.save_gif(path, film)
+        runtime.save_gif(path, film)
         parts.append("<h2>Dream against reality</h2>")
         text = "Top: what happened. Middle: five frames seen, then dreamt. Bottom: the difference."
         parts.append(figure(path.read_bytes(), text, "gif", "pixels"))
@@ -382,6 +402,7 @@ def report(run, numbers, fresh, windows, log):
         ("value of visited states, mean", f"{value['value']:.2f}"),
         ("what really followed, discounted, mean", f"{value['followed']:.2f}"),
         ("bias", f"{value['bias']:+.2f} ({value['optimism']:+.0%})"),
+        ("bias in windows of the replay", "unknown" if late is None else f"{late:+.0%}"),
         ("rank correlation", "none" if rank is None else f"{rank:.2f}"),
         ("imagined return at H/2, H, 2H", ", ".join(
             f"{value[f'return_{k}_horizon']:.2f}" for k in ("half", "full", "double"))),
@@ -424,7 +445,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for name in ("horizon", "episodes"):
         if getattr(args, name) < 1:
-            raise common.UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+            raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -438,7 +459,7 @@ def main(argv=None):
             torch.manual_seed(0)
             frames, name = film_dream(run, tools.replayed(run, 1, 6), args.horizon), "dream"
         path = args.run / "videos" / f"{name}.gif"
-        common.save_gif(path, frames)
+        runtime.save_gif(path, frames)
         print(path)
         return
     log = []
@@ -456,5 +477,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with common.exit_on_error():
+    with runtime.exit_on_error():
         main()

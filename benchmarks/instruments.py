@@ -2,8 +2,6 @@
 
 Everything here reads: a run that is still training is not disturbed, since the replay is mapped
 without its lock and the checkpoint is the last whole one. Nothing from the folder is executed.
-The scripts themselves log `diagnose` every --diagnose-every updates, through common.Logger. It is
-here, and not in them, because no paper has it and nobody needs it to follow the algorithm.
 """
 
 import importlib.util
@@ -22,20 +20,33 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import runtime
+from runtime import UserError
 
 ROOT = Path(__file__).parent.parent
+
+
+class Stored:
+    """Stands for the replay where a checkpoint is read: the rows that it knows, nothing else."""
+
+    start: int  # the oldest row
+    end: int  # the row after the newest
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+        self.end = state["end"]
 
 
 @dataclass
 class Run:
     """A run folder with its agent."""
 
-    folder: Path | None
+    folder: Path
     script: ModuleType
     args: Any
     agent: torch.nn.ModuleDict
-    options: dict  # of common.make_envs
-    state: dict  # the checkpoint
+    replay: Stored
+    counters: dict  # of the checkpoint
     device: torch.device
 
     @property
@@ -48,11 +59,11 @@ class Run:
 
     @property
     def frames(self):
-        return self.state["counters"][0] * self.args.action_repeat
+        return self.counters["step"] * self.args.action_repeat
 
     @property
     def updates(self):
-        return self.state["counters"][1]
+        return self.counters["updates"]
 
 
 def load_script(path):
@@ -74,28 +85,24 @@ def load_run(folder, script=None, env_id=None, cuda=True):
     a folder from someone else cannot choose what is executed.
     """
     folder = Path(folder)
-    with common.explain(f"{folder} is no run folder", Exception):
+    with runtime.explain(f"{folder} is no run folder", Exception):
         name = yaml.safe_load((folder / "args.yaml").read_text())["exp_name"]
         if script is None and not re.fullmatch(r"dreamerv[12]", str(name)):
             raise ValueError(f"no script of ours is named {name}, give --script")
     module = load_script(script or ROOT / f"{name}.py")
-    argv = ["--evaluate", str(folder), *(["--env-id", env_id] if env_id else [])]
-    args = common.parse_args(module.Args, module.PRESETS, argv)
-    args.observation = "pixels" if args.pixels else args.observation
-    device = common.setup(args.seed, cuda and args.cuda, False, args.threads)
-    names = "env_id seed observation grayscale action_repeat time_limit sticky_prob"
-    options = {k: getattr(args, k) for k in (*names.split(), "full_action_space")}
-    envs = common.make_envs(1, **options)
-    shapes, discrete = {k: shape for k, (shape, _) in envs.shapes.items()}, envs.discrete
+    argv = ["--evaluate", str(folder)]
+    if env_id:
+        argv += ["--env-id", env_id]
+    args = runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, argv)
+    args.compile = False  # each of the many shapes here would be compiled anew
+    device = runtime.setup(args.seed, cuda and args.cuda, False, args.threads)
+    envs = common.Envs(args, 1)
+    module.resolve_auto(args, device, envs.discrete)
+    agent = module.make_agent(envs.shapes, args).to(device)
     envs.close()
-    continuous = "tanh_normal" if module.__name__ == "dreamerv1" else "trunc_normal"
-    grad = "dynamics" if module.__name__ == "dreamerv1" or not discrete else "reinforce"
-    auto = {"precision": "float32", "actor_dist": "onehot" if discrete else continuous}
-    auto["actor_grad"] = grad
-    vars(args).update({k: v for k, v in auto.items() if getattr(args, k, None) == "auto"})
-    agent = module.make_agent(shapes, args).to(device)
-    state = common.load_checkpoint(folder, {"agent": agent})
-    return Run(folder, module, args, agent, options, state, device)
+    replay = Stored()
+    counters = runtime.load_checkpoint(folder, {"agent": agent, "replay": replay})
+    return Run(folder, module, args, agent, replay, counters, device)
 
 
 # Data: streams of rows as dicts of (T, B, ...), on the device
@@ -106,41 +113,43 @@ def play(run, episodes, first_index=20_000):
 
     Environments with index 20,000 and on: neither training nor evaluation has their seeds.
     """
-    count, streams, finished = min(episodes, 8), [], []
+    count = min(episodes, 8)
     # Each plays its share: the first ones to end would be the short ones.
     quota = np.bincount(np.arange(episodes) % count)
-    envs = common.make_envs(count, first_index=first_index, **run.options)
-    state, done = run.rssm.initial(count), np.ones(count, bool)
-    rows, action = [[] for _ in range(count)], np.zeros(envs.action_space.shape, np.float32)
-    act = common.Captured(partial(run.script.policy, run.agent), run.device, False)
+    envs = common.Envs(run.args, count, first_index=first_index)
+    act = runtime.Captured(partial(run.script.policy, run.agent), run.device, False)
+    state = run.rssm.initial(count)
+    rows = [[] for _ in range(count)]  # of the episode that each is in
+    stream = []
+    returns = []
+    envs.send(envs.random_actions())  # a reset ignores them
     while quota.any():
-        row, done, info = common.step_rows(envs, action, done)
+        row, _ = envs.receive()
         for i in range(count):
             rows[i].append({k: v[i] for k, v in row.items()})
-            if done[i] and quota[i]:
+            if envs.ended[i] and quota[i]:
                 quota[i] -= 1
-                finished.append(float(info["episode"]["r"][i]))
-                streams.append(rows[i])
+                returns.append(float(envs.returns[i]))
+                stream += rows[i]
                 rows[i] = []
         action, state = act(row, state)
-        action = action.cpu().numpy()
+        envs.send(action)
     envs.close()
-    stream = [row for episode in streams for row in episode]
     batch = {k: np.stack([row[k] for row in stream])[:, None] for k in stream[0]}
-    return tensors(batch, run.device), finished
+    return tensors(batch, run.device), returns
 
 
 def replayed(run, count, length, seed=0, last=None):
     """Windows of the replay as the checkpoint knows it, of its last rows if told how many."""
-    ring, rng = run.state["replay"], np.random.default_rng(seed)
-    paths = sorted((run.folder / "replay").glob("*.npy"))
-    data = {p.stem: np.load(p, mmap_mode="r") for p in paths if p.stem != "written"}
+    rng = np.random.default_rng(seed)
+    folder = run.folder / "replay"
+    data = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    written = int(data.pop("written")[0, 0])  # rows, of which a run may have overwritten some
     capacity = len(data["reward"])
-    written = np.load(run.folder / "replay" / "written.npy")[0, 0]
-    start = max(ring["start"], int(written) - capacity, ring["end"] - (last or capacity))
-    room = ring["end"] - start - length + 1
+    start = max(run.replay.start, written - capacity, run.replay.end - (last or capacity))
+    room = run.replay.end - start - length + 1
     if room < 1:
-        raise common.UserError(f"the replay of {run.folder} has no {length} rows")
+        raise UserError(f"the replay of {run.folder} has no {length} rows")
     row = start + rng.integers(room, size=count)
     env = rng.integers(data["reward"].shape[1], size=count)
     index = (row + np.arange(length)[:, None]) % capacity
@@ -199,7 +208,8 @@ def horizon_curves(run, batch, horizon, images=256):
     rollout, in nats.
     """
     post, _ = observe(run, batch)
-    length, reward = len(batch["reward"]), rewards(run, batch)
+    reward = rewards(run, batch)
+    length = len(reward)
     episode = batch["is_first"].float().cumsum(0)
     real = batch["is_first"] == 0  # the reward of a reset row is no prediction
     mean = reward[real].mean()
@@ -207,7 +217,8 @@ def horizon_curves(run, batch, horizon, images=256):
     rate = 1 - ends[real].mean()
     state = {k: post[k] for k in ("deter", "stoch")}
     rng = np.random.default_rng(0)
-    curves, keys = {}, [k for k in ("vector", "image") if k in batch]
+    keys = [k for k in ("vector", "image") if k in batch]
+    curves = {}
 
     def note(name, value):
         curves.setdefault(name, []).append(float(value))
@@ -231,7 +242,7 @@ def horizon_curves(run, batch, horizon, images=256):
             goes_on = 1 - ends[h:]
             note("continuation", (continuation(run, feat) - goes_on).square()[valid].mean())
             note("continuation_trivial", (rate - goes_on).square()[valid].mean())
-        if keys and images:  # of some pairs, for decoding is dear
+        if keys:  # of some pairs, for decoding is dear
             picked = torch.as_tensor(rng.permutation(int(valid.sum()))[:images])
             recon = run.model.decoder(feat[valid][picked])
             for key in keys:
@@ -242,6 +253,15 @@ def horizon_curves(run, batch, horizon, images=256):
                 note(key, (recon[key] - now).square().sum(axes).mean())
                 note(f"{key}_trivial", (before - now).square().sum(axes).mean())
     return curves
+
+
+def reward_errors(curves, horizon):
+    """Those of `horizon_curves` after 1, 5 and the imagined steps, and always saying the mean."""
+    errors = curves.get("reward", [])
+    picked = {str(h): errors[h] for h in (1, 5, horizon) if h < len(errors)}
+    if errors:
+        picked["mean"] = curves["reward_trivial"][0]
+    return picked
 
 
 def predictable(curves, name="reward"):
@@ -261,9 +281,12 @@ def followed(run, batch, values):
     (T, B) rows, values (T, B) -> returns (T, B), and the share of each that is a value: where time
     ran out, or the rows end, the last state's value stands for what would have come.
     """
-    reward, gamma = rewards(run, batch), run.args.gamma
-    first, ends = batch["is_first"] != 0, batch["is_terminal"] != 0
-    returns, share = torch.where(ends, reward, values), (~ends).float()  # of last rows
+    reward = rewards(run, batch)
+    gamma = run.args.gamma
+    first = batch["is_first"] != 0
+    ends = batch["is_terminal"] != 0
+    returns = torch.where(ends, reward, values)  # of last rows, as is the share
+    share = (~ends).float()
     for t in reversed(range(len(reward) - 1)):
         goes_on = ~first[t + 1]
         later = reward[t] + gamma * returns[t + 1]
@@ -272,10 +295,16 @@ def followed(run, batch, values):
     return returns, share
 
 
+def behavior_loss(run, post, is_terminal, args):
+    """That of the run's script; it names the networks as the agent does."""
+    return run.script.behavior_loss(**run.agent, post=post, is_terminal=is_terminal, args=args)
+
+
 @torch.no_grad()
 def imagined_returns(run, post, is_terminal, horizon):
     """Lambda-returns of the first states of dreams, from starts (T, 1): what the actor goes by."""
-    seen, original = [], run.script.lambda_return
+    original = run.script.lambda_return
+    seen = []
 
     def record(*args):
         seen.append(original(*args))
@@ -284,13 +313,30 @@ def imagined_returns(run, post, is_terminal, horizon):
     # With reinforce no gradient is kept; the returns are the same.
     changes = {"imag_horizon": max(2, horizon), "actor_grad": "reinforce"}
     args = type(run.args)(**vars(run.args) | changes)
-    critics = [module for name, module in run.agent.items() if name != "world_model"]
     run.script.lambda_return = record
     try:
-        run.script.behavior_loss(run.model, *critics, post, is_terminal, args)
+        behavior_loss(run, post, is_terminal, args)
     finally:
         run.script.lambda_return = original
     return seen[0][0]
+
+
+@torch.no_grad()
+def replay_optimism(run, windows):
+    """How much more the values promise than what followed in the windows, as a share of it.
+
+    Beyond the windows the value of their last row stands for what followed. It carries the same
+    bias, so that the difference is set against the share of rewards in what followed. The actions
+    are those of older policies: a policy that improves looks optimistic. None if all are resets.
+    """
+    counts = windows["is_first"] == 0
+    if not counts.any():
+        return None
+    post, _ = observe(run, windows)
+    values = run.agent["critic"](run.rssm.feat(post))
+    truth, share = followed(run, windows, values)
+    bias = (values - truth)[counts].mean() / (1 - share)[counts].mean().clamp(min=1e-6)
+    return float(bias / truth[counts].abs().mean().clamp(min=1e-6))
 
 
 @torch.no_grad()
@@ -343,7 +389,8 @@ def horizons(run):
 def log_likelihood(run, windows):
     """Of the windows' actions under the present policy, the median."""
     feat = run.rssm.feat(observe(run, windows)[0])
-    dist, real = run.agent["actor"](feat[:-1]), windows["is_first"][1:] == 0
+    dist = run.agent["actor"](feat[:-1])
+    real = windows["is_first"][1:] == 0
     return float(dist.log_prob(windows["action"][1:])[real].median())
 
 
@@ -410,20 +457,16 @@ def health(run, batch):
         for name, stats in (("post", post), ("prior", prior)):
             entropy[name] = float(run.rssm.dist(stats).entropy().sum(-1).mean())
         dead = collapsed(post)
-    norms, agent = {}, run.agent
     torch.manual_seed(0)
-    loss, post, _ = run.model.loss(batch)
-    loss.backward()
-    critics = [module for name, module in agent.items() if name != "world_model"]
-    losses = run.script.behavior_loss(run.model, *critics, post, batch["is_terminal"], run.args)
-    parts = {f"world_model.{k}": m for k, m in run.model.named_children()}
-    for name, module in parts.items():
-        norms[name] = gradient_norm(module)
-    agent.zero_grad()
-    for name, loss in zip(("actor", "critic"), losses[:2], strict=True):
-        loss.backward(inputs=[*agent[name].parameters()], retain_graph=True)
-        norms[name] = gradient_norm(agent[name])
-    agent.zero_grad()
+    model_loss, post, _ = run.model.loss(batch)
+    model_loss.backward()
+    norms = {f"world_model.{k}": gradient_norm(m) for k, m in run.model.named_children()}
+    run.agent.zero_grad()
+    actor_loss, critic_loss, _ = behavior_loss(run, post, batch["is_terminal"], run.args)
+    for name, loss in {"actor": actor_loss, "critic": critic_loss}.items():
+        loss.backward(inputs=[*run.agent[name].parameters()], retain_graph=True)
+        norms[name] = gradient_norm(run.agent[name])
+    run.agent.zero_grad()
     return {
         "entropy": entropy, "kl": kl.tolist(), "collapsed": dead,
         "gradient_norms": norms, "uninformed": float(uninformed), "latents": len(kl),
@@ -433,38 +476,3 @@ def health(run, batch):
 def gradient_norm(module):
     grads = [p.grad.norm() for p in module.parameters() if p.grad is not None]
     return float(torch.stack(grads).norm()) if grads else 0.0
-
-
-@torch.no_grad()
-def diagnose(agent, batch, args):
-    """What the scripts log of the batch that they learned from, (T, B, ...): dict of tag -> number.
-
-    diagnose/reward_error_N, with N 1, 5 and the imagination horizon: squared error of the rewards
-    dreamt N steps ahead under the recorded actions, as in `horizon_curves`; reward_error_mean: that
-    of always saying the batch's mean reward. value_optimism: how much more the values promise than
-    what followed in the batch and the value of its last row, as a share of it; since that value
-    would carry the same bias, the difference is set against the share of rewards in what followed.
-    The actions are those of older policies, so that a policy that improves looks optimistic.
-    collapsed_latents: see `collapsed`. Learning goes on as if nobody had looked.
-    """
-    script = sys.modules[type(agent["world_model"]).__module__]
-    run = Run(None, script, args, agent, {}, {}, batch["reward"].device)
-    counts, numbers = batch["is_first"] == 0, {}
-    if not counts.any():
-        return numbers
-    gpus = [run.device] if run.device.type == "cuda" else []
-    # Compiled steps would be compiled again for each of these shapes.
-    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
-        post, _ = observe(run, batch)
-        curves = horizon_curves(run, batch, args.imag_horizon, images=0)
-    errors = curves["reward"]
-    for steps in (1, 5, args.imag_horizon):
-        if steps < len(errors):
-            numbers[f"reward_error_{steps}"] = errors[steps]
-    numbers["reward_error_mean"] = curves["reward_trivial"][0]
-    values = agent["critic"](run.rssm.feat(post))
-    truth, share = followed(run, batch, values)
-    bias = (values - truth)[counts].mean() / (1 - share)[counts].mean().clamp(min=1e-6)
-    numbers["value_optimism"] = float(bias / truth[counts].abs().mean().clamp(min=1e-6))
-    numbers["collapsed_latents"] = collapsed(post)
-    return {f"diagnose/{name}": value for name, value in numbers.items()}

@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/share_of_a_batch.py gradients.npz
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
 import dreamerv1
 import dreamerv2
+import runtime
 
 T, B, V, A = 5, 6, 4, 3
-SIZES = {"batch_size": B, "batch_length": T, "deter": 12, "hidden": 11, "stoch": 4, "units": 10}
-SIZES |= {"imag_horizon": 4, "precision": "float32", "discount_head": True}
+SIZES = {
+    "batch_size": B, "batch_length": T, "deter": 12, "hidden": 11, "stoch": 4, "units": 10,
+    "imag_horizon": 4, "precision": "float32", "discount_head": True,
+}  # fmt: skip
 KINDS = {
     "v1 discrete": (dreamerv1, {"actor_dist": "onehot", "expl_noise": 0.0}),
     "v1 continuous": (dreamerv1, {"actor_dist": "tanh_normal"}),
@@ -50,17 +53,20 @@ def make_batch():
     return {k: torch.from_numpy(v) for k, v in batch.items()}
 
 
-def without_noise(patched):
+@contextlib.contextmanager
+def without_noise():
     """Samples become modes of categoricals and means of Gaussians, in every process the same."""
-    torch.rand_like = lambda x: torch.full_like(x, 0.5) if patched else rand_like(x)
-    torch.distributions.normal._standard_normal = (
-        (lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device))
-        if patched
-        else standard_normal
+    rand_like = torch.rand_like
+    standard_normal = torch.distributions.normal._standard_normal
+    torch.rand_like = lambda x: torch.full_like(x, 0.5)
+    torch.distributions.normal._standard_normal = lambda shape, dtype, device: torch.zeros(
+        shape, dtype=dtype, device=device
     )
-
-
-rand_like, standard_normal = torch.rand_like, torch.distributions.normal._standard_normal
+    try:
+        yield
+    finally:
+        torch.rand_like = rand_like
+        torch.distributions.normal._standard_normal = standard_normal
 
 
 def learner(kind, **changes):
@@ -70,39 +76,52 @@ def learner(kind, **changes):
     return script, args, agent, script.make_optimizers(agent, args)
 
 
+def save_gradients(saved, kind, share):
+    """With free nats a little below and a little above the mean KL of the whole batch."""
+    whole = make_batch()
+    script, _, agent, _ = learner(kind)
+    rssm = agent["world_model"].rssm
+    with torch.no_grad():
+        embed = agent["world_model"].encoder(whole)
+        post, prior = rssm.observe(embed, whole["action"], whole["is_first"])
+    kl = rssm.kl(post, prior).mean(0)  # (B,)
+    saved[f"{kind}, kl"] = kl.numpy()
+    rates = {"model_lr": 1e-30, "actor_lr": 1e-30, "critic_lr": 1e-30}
+    for side, factor in (("below", 0.98), ("above", 1.02)):
+        flags = rates | {"free_nats": factor * kl.mean().item()}
+        script, args, agent, optimizers = learner(kind, **flags)
+        script.update(agent, optimizers, share, args)
+        for name, weight in agent.named_parameters():
+            if weight.grad is not None:
+                saved[f"{kind}, {side}, {name}"] = weight.grad.numpy()
+
+
+def save_sameness(saved, kind, share):
+    """Whether each process has the same networks after updates, and what noise comes next."""
+    script, args, agent, optimizers = learner(kind)
+    runtime.seed_process(args.seed)
+    for _ in range(4):
+        script.update(agent, optimizers, share, args)
+    copies = runtime.all_gather([weight.detach() for weight in agent.parameters()])
+    same = [all(map(torch.equal, copies[0], copy)) for copy in copies]
+    saved[f"{kind}, same"] = np.array(same)
+    saved[f"{kind}, noise"] = np.array(runtime.all_gather(torch.rand(()).item()))
+
+
 def main(path):
-    common.setup(1, cuda=False, deterministic=False, threads=1)
-    whole, count, rank = make_batch(), B // common.WORLD, common.RANK
-    share = {k: v[:, rank * count : (rank + 1) * count] for k, v in whole.items()}
-    saved, rates = {}, dict.fromkeys(("model_lr", "actor_lr", "critic_lr"), 1e-30)
+    runtime.setup(1, cuda=False, deterministic=False, threads=1)
+    count = B // runtime.WORLD
+    first = runtime.RANK * count
+    share = {k: v[:, first : first + count] for k, v in make_batch().items()}
+    saved = {}
     for kind in KINDS:
-        without_noise(True)
-        script, _, agent, _ = learner(kind)
-        rssm, encoder = agent["world_model"].rssm, agent["world_model"].encoder
-        with torch.no_grad():
-            post, prior = rssm.observe(encoder(whole), whole["action"], whole["is_first"])
-        kl = rssm.kl(post, prior).mean(0)  # (B,)
-        saved[f"{kind}, kl"] = kl.numpy()
-        for side, factor in (("below", 0.98), ("above", 1.02)):  # the free nats
-            flags = rates | {"free_nats": factor * kl.mean().item()}
-            script, args, agent, optimizers = learner(kind, **flags)
-            script.update(agent, optimizers, share, args)
-            for name, weight in agent.named_parameters():
-                if weight.grad is not None:
-                    saved[f"{kind}, {side}, {name}"] = weight.grad.numpy()
-        without_noise(False)
-        script, args, agent, optimizers = learner(kind)
-        torch.manual_seed(100 + rank)
-        for _ in range(4):
-            script.update(agent, optimizers, share, args)
-        copies = common.everyone([weight.detach() for weight in agent.parameters()])
-        same = [all(map(torch.equal, copies[0], copy)) for copy in copies]
-        noise = common.everyone(torch.rand(()).item())
-        saved[f"{kind}, same"], saved[f"{kind}, noise"] = np.array(same), np.array(noise)
-    if rank == 0:
+        with without_noise():
+            save_gradients(saved, kind, share)
+        save_sameness(saved, kind, share)
+    if runtime.RANK == 0:
         np.savez(path, **saved)
 
 
 if __name__ == "__main__":
-    with common.exit_on_error():
+    with runtime.exit_on_error():
         main(sys.argv[1])

@@ -30,14 +30,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import runtime
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["dreamerv1", "dreamerv2"]
 MODULES = {script: importlib.import_module(script) for script in SCRIPTS}
-TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
-    --prefill 200 --total-frames 220 --eval-episodes 2 --threads 1""".split()
-SHARES = "sticky_prob gamma discount_lambda kl_balance actor_grad_mix expl_epsilon expl_min"
-NEW_RUN = common.new_run
+TINY = [
+    "--batch-size", "3", "--batch-length", "7", "--deter", "16", "--hidden", "16",
+    "--units", "16", "--stoch", "3", "--cnn-depth", "2", "--prefill", "200",
+    "--total-frames", "220", "--eval-episodes", "2", "--threads", "1",
+]  # fmt: skip
+SHARES = [
+    "sticky_prob", "gamma", "discount_lambda", "kl_balance", "actor_grad_mix", "expl_epsilon",
+    "expl_min",
+]  # fmt: skip
+SIZES = ["num_envs", "batch_size", "batch_length", "deter", "units", "eval_episodes"]
+OPEN_RUN = runtime.open_run
 
 ENVS = """
 import gymnasium as gym
@@ -203,13 +211,18 @@ def place(tmp_path_factory):
             folder.mkdir(parents=True)
             (folder / "args.yaml").write_bytes(data)
         (folder.parent / "empty").mkdir()
+        unsaved = folder.parent / "unsaved"
+        (unsaved / "replay").mkdir(parents=True)
+        (unsaved / "args.yaml").write_text(yaml.safe_dump(small_args(script)))
+        (folder.parent / "notes").mkdir()
+        (folder.parent / "notes" / "notes.txt").write_text("not from a run")
         (folder.parent / "folder" / "args.yaml").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.syspath_prepend(place)
         patch.setattr(sys, "dont_write_bytecode", True)
         patch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-        patch.setattr(common, "new_run", no_new_run)
+        patch.setattr(runtime, "open_run", open_no_new_run)
         patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))  # tyro's, for speed
         patch.setenv("MUJOCO_GL", "egl")  # so that it is put back
         patch.delenv("MUJOCO_GL")
@@ -220,34 +233,42 @@ def place(tmp_path_factory):
         sys.modules.pop(name, None)
 
 
-def no_new_run(args, size):
-    """The run that must not begin; it is put away, so that other tests do not see it."""
-    NEW_RUN(args, size)
-    shutil.rmtree("runs")
-    pytest.fail("it was accepted, and a run began")
+def open_no_new_run(args, replay_bytes):
+    """Opens a run that exists; one that must not begin is put away, unseen by other tests."""
+    folder, is_new = OPEN_RUN(args, replay_bytes)
+    if is_new:
+        shutil.rmtree(folder)
+        shutil.rmtree("runs", ignore_errors=True)
+        pytest.fail("it was accepted, and a run began")
+    return folder, is_new
 
 
 def contents():
     """All that lies here and in the runs, with when it changed."""
-    entries = [entry for folder in [Path(), *Path().glob("v?")] for entry in os.scandir(folder)]
-    return {entry.path: entry.stat().st_mtime_ns for entry in entries}
+    return {str(path): path.stat().st_mtime_ns for path in Path().rglob("*")}
+
+
+def parse(script, flags):
+    module = MODULES[script]
+    return runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, flags)
 
 
 def run(script, flags, whole=True):
     """A command line in this process -> its exit code, what it says on stderr and on stdout."""
-    module, err, out = MODULES[script], io.StringIO(), io.StringIO()
+    err = io.StringIO()
+    out = io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with (
             contextlib.redirect_stderr(err),
             contextlib.redirect_stdout(out),
-            common.exit_on_error(),
+            runtime.exit_on_error(),
         ):
-            args = common.parse_args(module.Args, module.PRESETS, flags)
+            args = parse(script, flags)
+            code = 0
             if whole:
                 with warnings.catch_warnings(action="ignore"):  # gymnasium's, of old versions
-                    module.main(args)
-        code = 0
+                    code = MODULES[script].main(args)
     except SystemExit as stop:
         code = stop.code
     finally:
@@ -318,18 +339,16 @@ def test_every_number_has_bounds_and_is_a_number(script):
 
 @per_script
 def test_numbers_at_their_bounds_are_taken(script):
-    module = MODULES[script]
     for name in names_of(script, int, float):
         for value in bounds(script, name):
-            args = common.parse_args(module.Args, module.PRESETS, [f"{flag_of(name)}={value}"])
-            assert getattr(args, name) == value
+            assert getattr(parse(script, [f"{flag_of(name)}={value}"]), name) == value
 
 
 @per_script
 def test_what_is_a_share_goes_to_1_and_what_is_a_size_begins_at_1(script):
-    for name in SHARES.split():
+    for name in SHARES:
         assert name not in hints(script) or bounds(script, name) == (0, 1)
-    for name in "num_envs batch_size batch_length deter units eval_episodes".split():
+    for name in SIZES:
         assert bounds(script, name)[0] == 1
     assert bounds(script, "imag_horizon")[0] == 2  # the last imagined state has no return
     for name in ("model_lr", "adam_eps", "clip"):
@@ -422,7 +441,7 @@ def test_what_is_no_flag_and_no_value_is_named(script, flags):
 
 # What can no longer change
 def fixed_names(script):
-    return [name for name in hints(script) if name not in common.CHANGEABLE]
+    return [name for name in hints(script) if name not in runtime.CHANGEABLE]
 
 
 def others(hint, value):
@@ -467,7 +486,11 @@ def test_what_is_fixed_can_change_to_no_value_at_all(script, data):
 # What main refuses; with sizes that make no work
 GYM = "Malformed environment ID"
 ONLY = "only Box, Dict of Box, Discrete fit, not "
-BAD_SPACES = "Text Tuple MultiDiscrete MultiBinary Discrete Sequence Graph OneOf None"
+BAD_SPACES = [
+    "Text", "Tuple", "MultiDiscrete", "MultiBinary", "Discrete", "Sequence", "Graph", "OneOf",
+    "None",
+]  # fmt: skip
+BAD_ACTIONS = ["Text", "Tuple", "MultiDiscrete", "MultiBinary", "Dict", "None"]
 COMMON = {
     # ids
     "--env-id CartPol-v1": "no CartPol-v1: .*Did you mean: `CartPole`",
@@ -520,14 +543,14 @@ COMMON = {
     "--env-id Blackjack-v1": rf"^{ONLY}Tuple\(.*\) and Discrete\(2\)$",
     **{
         f"--env-id wrong_envs:Wrong/{name}-v0": rf"^{ONLY}{name}.* and Discrete\(2\)$"
-        for name in BAD_SPACES.split()
+        for name in BAD_SPACES
     },
     "--env-id wrong_envs:Wrong/Nested-v0": rf"^{ONLY}Dict\(.*\) and Discrete\(2\)$",
     "--env-id wrong_envs:Wrong/Mixed-v0": rf"^{ONLY}Dict\(.*\) and Discrete\(2\)$",
     "--env-id wrong_envs:Wrong/Empty-v0": r"--observation auto does not fit .*Dict\(\)",
     **{
         f"--env-id wrong_envs:Wrong/{name}Action-v0": rf"^{ONLY}Box\(.*\) and {name}"
-        for name in "Text Tuple MultiDiscrete MultiBinary Dict None".split()
+        for name in BAD_ACTIONS
     },
     "--env-id wrong_envs:Wrong/TwoChannels-v0": r"auto does not fit .*\(64, 64, 2\)",
     "--env-id wrong_envs:Wrong/FourChannels-v0": r"auto does not fit .*\(64, 64, 4\)",
@@ -558,9 +581,8 @@ COMMON = {
     "--env-id CartPole-v1 --seed 1 --seed -2": "--seed is -2",
     "--env-id CartPole-v1 --env-id Nothing-v0": "no Nothing-v0",
     # runs
-    "--resume nowhere": "nowhere is no run folder of this script: FileNotFoundError",
     "--evaluate nowhere": "nowhere is no run folder of this script: FileNotFoundError",
-    "--resume nowhere --help": "nowhere is no run folder of this script: FileNotFoundError",
+    "--evaluate nowhere --help": "nowhere is no run folder of this script: FileNotFoundError",
     "--resume wrong_envs.py": "wrong_envs.py is no run folder of this script: NotADirectoryError",
     "--evaluate wrong_envs.py": "wrong_envs.py is no run folder of this script: NotADirectoryError",
     f"--resume {'x' * 300}": "xxx is no run folder of this script: OSError: .*too long",
@@ -578,7 +600,7 @@ OWN = {
 LINES = [(SCRIPTS[i % 2], flags, said) for i, (flags, said) in enumerate(COMMON.items())]
 LINES += [(s, flags, said) for s in SCRIPTS for flags, said in OWN[s].items()]
 FOLDERS = {name: said for name, (_, said) in (FILES | CHANGES).items()} | {
-    "empty": "empty is no run folder of this script: FileNotFoundError",
+    "notes": "notes is no run folder of this script: FileNotFoundError",
     "folder": "folder is no run folder of this script: IsADirectoryError",
     "begun/args.yaml": "args.yaml is no run folder of this script: NotADirectoryError",
     "foreign": r"foreign is no run folder of this script: TypeCheckError: .* key\(s\): ",
@@ -634,10 +656,11 @@ def test_any_text_is_no_id_and_is_named(script, namespace, text):
 
 
 # Environments that fail when they are made, values beyond bounds, ways to go on
+ERRORS = ["ValueError", "RuntimeError", "KeyError", "AttributeError", "AssertionError"]
 ODD = {
     **{
         f"--env-id wrong_envs:Wrong/{kind}-v0": f"no wrong_envs:Wrong/{kind}-v0: {kind}"
-        for kind in "ValueError RuntimeError KeyError AttributeError AssertionError".split()
+        for kind in ERRORS
     },
     "--env-id wrong_envs:Wrong/FileNotFoundError-v0": "no wrong_envs.*FileNotFoundError",
     "--env-id wrong_envs:Wrong/NoClass-v0": "no wrong_envs:Wrong/NoClass-v0: .*'Thing'",
@@ -666,6 +689,7 @@ ODD = {
     "--resume {0}/nan": "--model-lr is nan, it must be from",
     "--resume {0}/begun --evaluate {0}/begun": "--resume and --evaluate .* do not go together",
     "--resume {0}/begun --evaluate nowhere": "--resume and --evaluate .* do not go together",
+    "--evaluate {0}/empty": "empty is no run folder of this script: FileNotFoundError",
     "--evaluate {0}/other": "no checkpoint can be read in v./other",
 }
 
@@ -675,11 +699,93 @@ def test_what_is_odd_is_refused_in_one_line_too(script, flags):
     assert re.search(ODD[flags], whole_line(script, flags.format(f"v{script[-1]}")))
 
 
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@per_script
+def test_a_run_without_a_checkpoint_is_refused_and_stays_as_it_is(script, flag):
+    folder = f"v{script[-1]}/unsaved"
+    line = the_line(refuse(script, [f"--{flag}", folder]))
+    assert line == f"no checkpoint can be read in {folder}"
+
+
+# Folders in which a run begins
+@pytest.mark.parametrize("folder", ["nowhere", "nowhere/at/all", "v{}/empty"])
+@per_script
+def test_where_nothing_is_the_preset_gives_the_values_and_nothing_is_written(script, folder):
+    folder = folder.format(script[-1])
+    flags = ["--resume", folder, "--env-id", "CartPole-v1", "--deter", "16"]
+    before = contents()
+    args = vars(parse(script, flags))
+    module = MODULES[script]
+    given = {"resume": folder, "env_id": "CartPole-v1", "deter": 16}
+    assert args == dataclasses.asdict(module.Args()) | module.PRESETS["other"] | given
+    code, err, out = run(script, [*flags, "--help"], whole=False)
+    assert (code, err) == (0, "")
+    assert str(module.PRESETS["other"]["total_frames"]) in out
+    assert contents() == before
+
+
+@per_script
+def test_a_command_line_begins_a_run_in_its_folder_and_goes_on_with_it(
+    script, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "open_run", OPEN_RUN)
+    flags = [*TINY, "--env-id", "CartPole-v1", "--pretrain", "1", "--resume", "mine"]
+    code, _, out = run(script, flags)
+    assert code == 0
+    assert out.splitlines()[0] == "a new run begins in mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    args = vars(parse(script, flags)) | {"resume": ""}
+    assert yaml.safe_load(Path("mine/args.yaml").read_text()) == args
+    code, _, out = run(script, flags)
+    assert code == 0
+    assert out.splitlines()[0] == "the run in mine goes on"
+    code, _, out = run(script, ["--evaluate", "mine"])
+    assert code == 0
+    assert re.match(r"return \d+\.\d \+- \d+\.\d in 2 episodes$", out)
+
+
+# Presets
+@pytest.mark.parametrize(("env_id", "observation", "preset"), [
+    ("PongNoFrameskip-v4", "auto", "atari"), ("dmc/walker-walk", "auto", "dmc_pixels"),
+    ("dmc/walker-walk", "vector", "dmc_vector"), ("CartPole-v1", "auto", "other"),
+])  # fmt: skip
+@per_script
+def test_a_preset_gives_its_values_to_the_ids_that_choose_it_and_to_all_that_name_it(
+    script, env_id, observation, preset
+):
+    module = MODULES[script]
+    for named in ("auto", *module.PRESETS):
+        given = {"env_id": env_id, "observation": observation, "preset": named}
+        flags = ["--env-id", env_id, "--observation", observation, "--preset", named]
+        values = module.PRESETS[preset if named == "auto" else named]
+        expected = dataclasses.asdict(module.Args()) | values | given
+        assert vars(parse(script, flags)) == expected
+        assert parse(script, [*flags, "--deter", "7"]).deter == 7
+
+
+@per_script
+def test_a_task_of_dm_control_may_have_the_small_values(script):
+    args = parse(script, ["--env-id", "dm_control/walker-walk-v0", "--preset", "other"])
+    small = MODULES[script].PRESETS["other"]
+    assert {name: getattr(args, name) for name in small} == small
+    assert small["deter"] < MODULES[script].PRESETS["dmc_pixels"].get("deter", args.deter + 1)
+
+
+@per_script
+def test_a_preset_without_a_name_that_is_known_is_refused(script):
+    said = squeezed(refuse(script, ["--env-id", "CartPole-v1", "--preset", "small"]))
+    assert "--preset" in said
+    assert all(f"'{preset}'" in said for preset in ("small", "auto", *MODULES[script].PRESETS))
+
+
+# Run folders
 @per_script
 def test_a_run_folder_lies_in_runs_whatever_its_name(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = small_args(script, exp_name="/../../../elsewhere")
-    assert NEW_RUN(args, 0.0).resolve().parent == tmp_path / "runs"
+    folder, _ = OPEN_RUN(args, 0)
+    assert folder.resolve().parent == tmp_path / "runs"
 
 
 @pytest.mark.parametrize("exp_name", ["name", "x" * 300])

@@ -40,6 +40,7 @@ def gl():
 def run_python(code, **env):
     """Runs code as a user would, in a process without our MUJOCO_GL -> (exit code, output)."""
     kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    kept["PYTHONPATH"] = str(ROOT / "tests")
     command = [sys.executable, "-c", code]
     result = subprocess.run(
         command, cwd=ROOT, env=kept | env, capture_output=True, text=True, timeout=120
@@ -106,7 +107,7 @@ def test_observation_action_and_reward_of_a_row_belong_together_for_continuous_a
 def test_no_stored_action_was_ignored_by_the_environment():
     envs = tiny.make_envs(3, "Counting-v0", seed=7)
     rows, _ = play(envs, 47)
-    for i, env in enumerate(envs.envs):
+    for i, env in enumerate(envs.vector.envs):
         stored = rows["action"][rows["is_first"][:, i] == 0, i]
         assert (stored.sum(-1) == 1).all()  # one-hot
         assert stored.argmax(-1).tolist() == env.unwrapped.taken
@@ -116,52 +117,83 @@ def test_no_stored_action_was_ignored_by_the_environment():
 @pytest.mark.slow
 def test_environments_in_processes_of_their_own_give_the_same_rows():
     sync = tiny.make_envs(2, "envs:Counting-v0", seed=5)
-    parallel = common.make_envs(2, parallel=True, env_id="envs:Counting-v0", seed=5)
-    assert isinstance(parallel, gym.vector.AsyncVectorEnv)
-    (rows, dones), (same, same_dones) = play(sync, 41), play(parallel, 41)
+    parallel = tiny.make_envs(2, "envs:Counting-v0", seed=5, parallel=True)
+    assert isinstance(parallel.vector, gym.vector.AsyncVectorEnv)
+    rows, dones = play(sync, 41)
+    same, same_dones = play(parallel, 41)
     check_alignment(same, same_dones, same["action"].argmax(-1))
     np.testing.assert_array_equal(dones, same_dones)
     for key in rows:
         np.testing.assert_array_equal(rows[key], same[key], key)
-    assert [env.unwrapped.taken for env in sync.envs] == list(parallel.get_attr("taken"))
+    taken = [env.unwrapped.taken for env in sync.vector.envs]
+    assert taken == list(parallel.vector.get_attr("taken"))
     sync.close()
     parallel.close()
 
 
 def test_a_parallel_environment_that_cannot_be_made_is_a_user_error():
     with pytest.raises(runtime.UserError, match="no NoSuchThing-v0"):
-        common.make_envs(2, parallel=True, env_id="NoSuchThing-v0", seed=5)
+        tiny.make_envs(2, "NoSuchThing-v0", seed=5, parallel=True)
 
 
 def test_frames_are_counted_without_reset_rows():
     envs = tiny.make_envs(3, "Counting-v0", seed=8, action_repeat=2)
-    rng, done, step = np.random.default_rng(0), np.zeros(3, bool), 0
-    tiny.reset_rows(envs)
-    for _ in range(31):
-        step += int((~done).sum())
-        _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
-    taken = sum(len(env.unwrapped.taken) for env in envs.envs)
-    odd = 2 * step - taken  # repeats that the end of an episode broke off count whole
+    torch.manual_seed(0)
+    steps = 0
+    for _ in range(32):
+        row, episodes = tiny.step(envs, envs.random_actions())
+        taken, _ = runtime.gather_steps(row, episodes)
+        steps += taken
+    frames = sum(len(env.unwrapped.taken) for env in envs.vector.envs)
+    odd = 2 * steps - frames  # repeats that the end of an episode broke off count whole
     assert 0 < odd < 20
-    assert step < 3 * 31
+    assert steps < 3 * 31
     envs.close()
 
 
-def test_environments_that_are_all_done_are_reset():
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_returns_and_lengths_are_the_sums_over_the_rows_of_each_episode(repeat):
+    envs = tiny.make_envs(3, "Counting-v0", seed=5, action_repeat=repeat)
+    torch.manual_seed(0)
+    rewards = [[], [], []]  # of the episode so far
+    ends = [[], [], []]  # the steps with which episodes ended
+    for t in range(60):
+        row, episodes = tiny.step(envs, envs.random_actions())
+        ended = []
+        for i, env in enumerate(envs.vector.envs):
+            if row["is_first"][i]:
+                rewards[i] = []
+            else:
+                rewards[i].append(float(row["reward"][i]))
+            if envs.ended[i]:
+                ends[i].append(t)
+                assert -(-env.unwrapped.length // repeat) == len(rewards[i])
+                total = {"charts/episodic_return": sum(rewards[i])}
+                ended.append(total | {"charts/episodic_length": len(rewards[i])})
+        assert episodes == ended
+        assert envs.returns.tolist() == [sum(rewards[i]) for i in range(3)]
+        assert envs.lengths.tolist() == [len(rewards[i]) for i in range(3)]
+    assert min(len(steps) for steps in ends) > 5
+    assert len({tuple(steps) for steps in ends}) == 3  # at different times
+    envs.close()
+
+
+def test_environments_that_all_ended_are_reset():
     envs = tiny.make_envs(2, "Counting-v0", seed=5)
-    done = np.ones(2, bool)
-    assert envs.shapes["is_first"] == ((), bool)  # as replay has it; a row is all in float32
-    dtypes = {k: dtype for k, (_, dtype) in envs.shapes.items()} | {"is_first": np.float32}
-    for episode in (1, 2, 3):  # whether or not the episodes have ended
-        row, ended, info = common.step_rows(envs, np.eye(3)[[1, 2]], done)
-        assert not ended.any()
-        assert info == {}
+    dtypes = dict.fromkeys(envs.shapes, np.float32)
+    for episode in (0, 1, 2):  # whether or not the episodes have really ended
+        envs.load_state_dict({"episodes": [episode, episode]})
+        assert envs.all_ended
+        row, episodes = tiny.step(envs, np.eye(3)[[1, 2]])
+        assert not envs.ended.any()
+        assert episodes == []
         assert row["is_first"].tolist() == [1, 1]
         assert not any(row[key].any() for key in ("action", "reward", "is_terminal"))
         assert row["vector"][:, :2].tolist() == [[0, -1], [0, -1]]
-        assert envs.keys[:, 2].tolist() == [episode, episode]
+        assert envs.episodes.tolist() == [episode + 1, episode + 1]
         assert {k: v.dtype for k, v in row.items()} == dtypes
-        row, _, _ = common.step_rows(envs, np.eye(3)[[1, 2]], ~done)
+        assert {k: v.shape[1:] for k, v in row.items()} == envs.shapes
+        row, _ = tiny.step(envs, np.eye(3)[[1, 2]])
         assert row["vector"][:, :2].tolist() == [[1, 1], [1, 2]]
     envs.close()
 
@@ -169,11 +201,11 @@ def test_environments_that_are_all_done_are_reset():
 def test_an_environment_alone_gives_the_rows_that_it_gives_among_others():
     streams = []
     for num_envs in (1, 3):  # alone it is reset, among others by the step after its last
-        envs = common.make_envs(num_envs, env_id="Counting-v0", seed=5)
-        rows, done = [tiny.reset_rows(envs)], np.zeros(num_envs, bool)
+        envs = tiny.make_envs(num_envs, "Counting-v0", seed=5)
+        rows = [tiny.reset_rows(envs)]
         for step in range(50):
             action = np.eye(3, dtype=np.float32)[[step % 3] * num_envs]
-            row, done, _ = common.step_rows(envs, action, done)
+            row, _ = tiny.step(envs, action)
             rows.append(row)
         streams.append({k: np.stack([row[k][0] for row in rows]) for k in rows[0]})
         envs.close()
@@ -186,7 +218,7 @@ def test_a_row_keeps_its_values_when_the_environment_goes_on():
     envs = tiny.make_envs(2, "Counting-v0", seed=9)
     row = tiny.reset_rows(envs)
     copy = {k: v.copy() for k, v in row.items()}
-    common.step_rows(envs, np.eye(3, dtype=np.float32)[[1, 2]], np.zeros(2, bool))
+    tiny.step(envs, np.eye(3, dtype=np.float32)[[1, 2]])
     for key in row:
         np.testing.assert_array_equal(row[key], copy[key], key)
     envs.close()
@@ -194,19 +226,32 @@ def test_a_row_keeps_its_values_when_the_environment_goes_on():
 
 def test_random_actions_are_uniform():
     envs = tiny.make_envs(3, "Counting-v0", seed=1)
-    rng = np.random.default_rng(0)
-    actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
+    torch.manual_seed(0)
+    actions = torch.cat([envs.random_actions() for _ in range(500)]).numpy()
     assert envs.discrete
+    assert actions.dtype == np.float32
     assert set(actions.sum(-1)) == {1.0}
     assert abs(actions.mean(0) - 1 / 3).max() < 0.04
     envs.close()
     envs = tiny.make_envs(3, "CountingContinuous-v0", seed=1)
-    actions = np.concatenate([common.random_actions(envs, rng) for _ in range(500)])
+    actions = torch.cat([envs.random_actions() for _ in range(500)]).numpy()
     assert not envs.discrete
     assert actions.dtype == np.float32
     assert abs(actions.std(0) - 1 / np.sqrt(3)).max() < 0.03
     assert abs(actions).max() <= 1
     envs.close()
+
+
+def test_the_same_seed_of_torch_draws_the_same_random_actions():
+    for env_id in ("Counting-v0", "CountingContinuous-v0"):
+        envs = tiny.make_envs(3, env_id, seed=1)
+        draws = []
+        for seed in (4, 4, 5):
+            torch.manual_seed(seed)
+            draws.append(torch.stack([envs.random_actions() for _ in range(9)]))
+        assert draws[0].equal(draws[1])
+        assert not draws[0].equal(draws[2])
+        envs.close()
 
 
 def seeds(rows, env):
@@ -215,12 +260,16 @@ def seeds(rows, env):
     return [int(high) * 2**16 + int(low) for low, high in vector[:, 2:]]
 
 
+def seed_of_episode(seed, index, episode):
+    return int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0]) >> 1
+
+
 def test_episodes_have_seeds_that_follow_from_run_environment_and_number():
     envs = tiny.make_envs(2, "Counting-v0", seed=3)
     rows, _ = play(envs, 60)
     drawn = [seeds(rows, i)[:5] for i in (0, 1)]
     for i, k in ((0, 0), (0, 1), (1, 0), (1, 4)):
-        assert drawn[i][k] == int(np.random.SeedSequence([3, i, k]).generate_state(1)[0]) >> 1
+        assert drawn[i][k] == seed_of_episode(3, i, k)
     assert len({*drawn[0], *drawn[1]}) == 10  # all differ
     envs.close()
     shifted = tiny.make_envs(1, "Counting-v0", seed=3, first_index=1)
@@ -231,13 +280,40 @@ def test_episodes_have_seeds_that_follow_from_run_environment_and_number():
 def test_episodes_counts_those_that_began():
     envs = tiny.make_envs(3, "Counting-v0", seed=3, episodes=[0, 7, 2])
     rows, _ = play(envs, 33)
-    begun = [k[2] for k in envs.get_attr("key")]
-    assert begun == (rows["is_first"].sum(0) + np.array([0, 7, 2])).tolist()
+    begun = (rows["is_first"].sum(0) + np.array([0, 7, 2])).tolist()
+    assert list(envs.vector.get_attr("episode")) == begun
+    assert envs.episodes.tolist() == begun
+    assert envs.state_dict() == {"episodes": begun}
     envs.close()
 
 
+@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("time_limit", [0, 5])  # with a limit, one more wrapper
+def test_environments_go_on_with_the_episodes_after_those_of_a_state(parallel, time_limit):
+    made = {"seed": 3, "parallel": parallel, "time_limit": time_limit}
+    envs = tiny.make_envs(2, "envs:Counting-v0", episodes=[0, 2], **made)
+    rows, _ = play(envs, 36)
+    assert not envs.all_ended  # the state is taken amid an episode
+    state = envs.state_dict()
+    assert state["episodes"] == (rows["is_first"].sum(0) + np.array([0, 2])).tolist()
+    assert state["episodes"][0] != state["episodes"][1]
+    resumed = tiny.make_envs(2, "envs:Counting-v0", **made)
+    resumed.load_state_dict(state)
+    again = {"episodes": [4, 0]}
+    envs.load_state_dict(again)  # of environments that are amid an episode
+    for later, begun in ((resumed, state["episodes"]), (envs, again["episodes"])):
+        rows, _ = play(later, 30)
+        assert (rows["is_first"][0] == 1).all()
+        for i in (0, 1):
+            drawn = seeds(rows, i)
+            expected = [seed_of_episode(3, i, begun[i] + k) for k in range(len(drawn))]
+            assert drawn == expected
+            assert len(drawn) > 2
+            assert later.state_dict()["episodes"][i] == begun[i] + len(drawn)
+        later.close()
+
+
 def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
-    rng = np.random.default_rng(0)
     whole = tiny.make_envs(2, "CartPole-v1", seed=4)
     rows, _ = play(whole, 200)
     whole.close()
@@ -247,13 +323,50 @@ def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
     for i, k in enumerate((3, 5)):
         np.testing.assert_array_equal(first["vector"][i], rows["vector"][begins[i][k], i])
     # The same actions lead to the same rows.
-    t, done = begins[0][3], np.zeros(2, bool)
+    t = begins[0][3]
     for step in range(1, 8):
-        action = common.random_actions(resumed, rng)
+        action = resumed.random_actions().numpy()
         action[0] = rows["action"][t + step, 0]
-        row, done, _ = common.step_rows(resumed, action, done)
+        row, _ = tiny.step(resumed, action)
         np.testing.assert_array_equal(row["vector"][0], rows["vector"][t + step, 0])
     resumed.close()
+
+
+class Talking(tiny.Counting):
+    """Says something else in info at each step, which gymnasium cannot put side by side."""
+
+    def reset(self, **kwargs):
+        obs, _ = super().reset(**kwargs)
+        return obs, self.info()
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, self.info()
+
+    def info(self):
+        count = (self.time + self.seed) % 5
+        return {"seen": np.zeros(count), "score": None if count % 2 else count, "episode": count}
+
+
+gym.register("Talking-v0", Talking)
+
+
+@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_info_that_differs_from_step_to_step_disturbs_nothing(parallel):
+    with pytest.raises(ValueError, match="could not broadcast"):  # what would happen otherwise
+        gym.vector.SyncVectorEnv([Talking, Talking]).reset(seed=[1, 2])
+    quiet = tiny.make_envs(3, "Counting-v0", seed=5)
+    envs = tiny.make_envs(3, "test_environments:Talking-v0", seed=5, parallel=parallel)
+    rows, dones = play(quiet, 41)
+    same, same_dones = play(envs, 41)
+    check_alignment(same, same_dones, same["action"].argmax(-1))
+    np.testing.assert_array_equal(dones, same_dones)
+    for key in rows:
+        np.testing.assert_array_equal(rows[key], same[key], key)
+    np.testing.assert_array_equal(quiet.returns, envs.returns)
+    np.testing.assert_array_equal(quiet.lengths, envs.lengths)
+    quiet.close()
+    envs.close()
 
 
 @pytest.mark.parametrize(
@@ -292,7 +405,7 @@ def test_atari_frames_are_counted_once(env_id):
 
 @pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "ALE/Pong-v5"])
 def test_atari_images_are_the_screen_in_gray_or_rgb(env_id):
-    assert common.preset_name(env_id, "auto") == "atari"
+    assert preset(env_id) == "atari"
     for grayscale, channels in ((True, 1), (False, 3)):
         env = tiny.make_env(env_id, grayscale=grayscale)
         assert env.observation_space["image"].shape == (channels, 64, 64)
@@ -309,9 +422,7 @@ def test_atari_images_are_the_screen_in_gray_or_rgb(env_id):
 
 
 def test_atari_image_is_the_maximum_of_the_last_two_frames():
-    pair = [
-        tiny.make_env("PongNoFrameskip-v4", grayscale=True, action_repeat=r) for r in (1, 4)
-    ]
+    pair = [tiny.make_env("PongNoFrameskip-v4", grayscale=True, action_repeat=r) for r in (1, 4)]
     for env in pair:
         env.reset()
     single, repeated = pair
@@ -339,6 +450,30 @@ def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id():
     assert made("PongNoFrameskip-v4", full_action_space=True) == (18, 0.0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env_id", "grayscale"), [("PongNoFrameskip-v4", True), ("ale_py:ALE/Breakout-v5", False)]
+)
+def test_atari_games_in_processes_of_their_own_give_the_rows_of_those_in_turn(env_id, grayscale):
+    options = {"grayscale": grayscale, "action_repeat": 4, "time_limit": 100}
+    sync = tiny.make_envs(2, env_id, seed=5, **options)
+    parallel = tiny.make_envs(2, env_id, seed=5, parallel=True, **options)
+    assert sync.shapes == parallel.shapes
+    assert sync.discrete is parallel.discrete is True
+    rows, dones = play(sync, 60)
+    same, same_dones = play(parallel, 60)
+    assert dones.sum() == 4  # after 25 steps each time
+    np.testing.assert_array_equal(dones, same_dones)
+    for key in rows:
+        np.testing.assert_array_equal(rows[key], same[key], key)
+        assert rows[key].dtype == same[key].dtype
+    np.testing.assert_array_equal(sync.returns, parallel.returns)
+    np.testing.assert_array_equal(sync.lengths, parallel.lengths)
+    np.testing.assert_array_equal(sync.episodes, parallel.episodes)
+    sync.close()
+    parallel.close()
+
+
 def test_atari_episodes_begin_with_up_to_30_no_ops():
     env = tiny.make_env("PongNoFrameskip-v4", grayscale=True, action_repeat=4)
     noops = []
@@ -353,18 +488,19 @@ def test_atari_episodes_begin_with_up_to_30_no_ops():
 def test_losing_a_life_ends_nothing():
     env = tiny.make_env("BreakoutNoFrameskip-v4", grayscale=True, action_repeat=4)
     env.reset()
-    lives, terminated = [5], False
+    lives = [5]
+    terminated = False
     while not terminated and len(lives) < 2000:
-        _, _, terminated, truncated, info = env.step(np.eye(4)[1])  # FIRE throws each ball
-        lives.append(info["lives"])
+        _, _, terminated, truncated, _ = env.step(np.eye(4)[1])  # FIRE throws each ball
+        lives.append(env.unwrapped.ale.lives())
         assert not truncated
         assert terminated == (lives[-1] == 0)
     assert set(lives) == set(range(6))
 
 
 def test_a_time_limit_truncates_an_atari_game():
-    env = common.make_env(
-        "ALE/Pong-v5", 1, 0, grayscale=True, action_repeat=4, time_limit=18, sticky_prob=0.0
+    env = tiny.make_env(
+        "ALE/Pong-v5", grayscale=True, action_repeat=4, time_limit=18, sticky_prob=0.0
     )
     env.reset()
     ends = [env.step(np.eye(6)[0])[2:4] for _ in range(5)]
@@ -396,49 +532,63 @@ def test_every_task_of_the_suite_can_be_made_from_vectors(gl):
 
 
 def test_dmc_is_short_for_dm_control():
-    long = common.make_env("dm_control/ball_in_cup-catch-v0", 3, 1, observation="vector")
-    short = common.make_env("dmc/ball_in_cup-catch", 3, 1, observation="vector")
+    long = tiny.make_env("dm_control/ball_in_cup-catch-v0", 3, 1, observation="vector")
+    short = tiny.make_env("dmc/ball_in_cup-catch", 3, 1, observation="vector")
     for env_id in ("dm_control/ball_in_cup-catch-v0", "dmc/ball_in_cup-catch"):
-        assert common.preset_name(env_id, "vector") == "dmc_vector"
-        assert common.preset_name(env_id, "auto") == "dmc_pixels"
+        assert preset(env_id, "vector") == "dmc_vector"
+        assert preset(env_id) == "dmc_pixels"
     np.testing.assert_array_equal(long.reset()[0]["vector"], short.reset()[0]["vector"])
 
 
 def test_1000_frames_of_dm_control_are_500_agent_steps_with_the_rewards_summed():
-    env = common.make_env(
-        "dm_control/cartpole-balance-v0", 1, 0, observation="vector", action_repeat=2
+    envs = tiny.make_envs(
+        1, "dm_control/cartpole-balance-v0", observation="vector", action_repeat=2
     )
-    raw, rewards = env.unwrapped, []
+    raw = envs.vector.envs[0].unwrapped
+    rewards = []
     step = raw.step
 
     def noting(action):
-        rewards.append((result := step(action))[1])
+        result = step(action)
+        rewards.append(result[1])
         return result
 
     raw.step = noting
-    env.reset()
+    tiny.reset_rows(envs)
     for k in range(1, 501):
-        _, reward, terminated, truncated, info = env.step(np.full(1, 0.5))
+        row, episodes = tiny.step(envs, np.full((1, 1), 0.5))
         assert len(rewards) == 2 * k
-        assert reward == pytest.approx(sum(rewards[-2:]))
-        assert not terminated
-        assert truncated == (k == 500)
-    assert info["episode"]["l"] == 500
-    assert info["episode"]["r"] == pytest.approx(sum(rewards), rel=1e-5)
-    assert 0 < reward < 2
+        assert row["reward"][0] == pytest.approx(sum(rewards[-2:]))
+        assert row["is_terminal"] == [0]
+        assert envs.ended == [k == 500]
+    (episode,) = episodes
+    assert episode["charts/episodic_length"] == 500
+    assert episode["charts/episodic_return"] == pytest.approx(sum(rewards), rel=1e-5)
+    assert 0 < row["reward"][0] < 2
+    envs.close()
 
 
 def test_only_a_discount_of_0_terminates_dm_control():
     env = tiny.make_env("dm_control/lqr-lqr_2_1-v0", observation="vector", action_repeat=2)
+    raw = env.unwrapped._env
+    discounts = []
+    step = raw.step
+
+    def noting(action):
+        timestep = step(action)
+        discounts.append(timestep.discount)
+        return timestep
+
+    raw.step = noting
     env.reset()
     assert env.step(np.zeros(1))[2:4] == (False, False)
-    physics = env.unwrapped._env.physics
+    assert 0 not in discounts
+    physics = raw.physics
     with physics.reset_context():  # at rest at the target the task is done
         physics.data.qpos[:] = 0
         physics.data.qvel[:] = 0
-    _, _, terminated, truncated, info = env.step(np.zeros(1))
-    assert info["timestep.discount"] == 0
-    assert (terminated, truncated) == (True, False)
+    assert env.step(np.zeros(1))[2:4] == (True, False)
+    assert discounts[-1] == 0
 
 
 def test_dm_control_actions_fill_their_bounds():
@@ -462,8 +612,10 @@ def test_a_misspelt_dm_control_task_names_the_nearest():
 
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
-import os, common
-make = lambda env_id, **options: tiny.make_env(env_id, action_repeat=2, **options)
+import os
+from envs import make_env
+def make(env_id, **options):
+    return make_env(env_id, action_repeat=2, **options)
 make("dmc/ball_in_cup-catch", observation="vector").reset()
 both = make("dmc/ball_in_cup-catch", observation="both").reset()[0]
 assert {k: v.shape for k, v in both.items()} == {"image": (3, 64, 64), "vector": (8,)}, both
@@ -486,16 +638,16 @@ print("gl is", os.environ["MUJOCO_GL"])
 
 
 def test_vectors_of_dm_control_print_no_warning(gl):
-    code = "import common; common.make_env('dmc/ball_in_cup-catch', 1, 0, observation='vector')"
+    code = "import envs; envs.make_env('dmc/ball_in_cup-catch', observation='vector')"
     assert run_python(code) == (0, "")
 
 
 @pytest.mark.slow
 def test_pixels_of_dm_control_in_processes_of_their_own(gl):
     code = """
-import common, numpy as np
-envs = common.make_envs(2, parallel=True, env_id="dmc/ball_in_cup-catch", seed=1)
-row = common.step_rows(envs, np.zeros(envs.action_space.shape), np.ones(2, bool))[0]
+from envs import make_envs, reset_rows
+envs = make_envs(2, "dmc/ball_in_cup-catch", parallel=True)
+row = reset_rows(envs)
 print("std", *row["image"].std((1, 2, 3)))
 envs.close()
 """
@@ -506,8 +658,8 @@ envs.close()
 
 def test_gymnasium_mujoco_is_drawn_without_any_setting(gl):
     code = """
-import common
-env = tiny.make_env("InvertedPendulum-v5", observation="pixels")
+from envs import make_env
+env = make_env("InvertedPendulum-v5", observation="pixels")
 print("std", env.reset()[0]["image"].std())
 env.close()
 """
@@ -591,7 +743,7 @@ def make_still(name, obs, space, actions=None, **options):
 
 def test_cartpole_is_a_vector_with_one_hot_actions():
     env = tiny.make_env("CartPole-v1")
-    assert common.preset_name("CartPole-v1", "auto") == "other"
+    assert preset("CartPole-v1") == "other"
     assert env.observation_space == Dict({"vector": Box(-np.inf, np.inf, (4,), np.float32)})
     assert env.action_space == MultiBinary(2)
     env.reset()
@@ -600,6 +752,12 @@ def test_cartpole_is_a_vector_with_one_hot_actions():
     env.reset()
     left = np.sign(env.step(np.eye(2)[0])[0]["vector"][1])
     assert left == -1
+
+
+@pytest.mark.parametrize("name", ["atari", "dmc_pixels", "dmc_vector", "other"])
+def test_a_preset_that_is_named_goes_before_that_of_the_id(name):
+    for env_id in ("CartPole-v1", "PongNoFrameskip-v4", "dmc/ball_in_cup-catch"):
+        assert preset(env_id, preset=name) == name
 
 
 def test_actions_of_pendulum_are_scaled_to_2():
@@ -668,7 +826,7 @@ def test_an_image_and_vectors_in_a_dict_can_be_chosen():
         ("vector", ["vector"]),
     ):
         # Only what has no image of its own has to be drawn, and this one cannot be.
-        env = common.Standard(tiny.Still(obs, space), observation, False, [1, 0, 0])
+        env = common.DreamerSpaces(tiny.Still(obs, space), observation, False, 1, 0)
         out, _ = env.reset()
         assert sorted(out) == sorted(env.observation_space) == keys
         if "image" in keys:
@@ -688,6 +846,9 @@ def test_cartpole_is_drawn_for_pixels():
         moved = env.step(np.eye(2)[1])[0]["image"]
     assert (moved != out["image"]).any()
     env.close()
+    short = tiny.make_env("CartPole-v1", pixels=True).reset()[0]
+    assert list(short) == ["image"]
+    np.testing.assert_array_equal(short["image"], out["image"])
     both = tiny.make_env("CartPole-v1", observation="both", grayscale=True).reset()[0]
     assert {k: v.shape for k, v in both.items()} == {"image": (1, 64, 64), "vector": (4,)}
 
@@ -796,13 +957,16 @@ def test_an_id_whose_module_is_missing_is_a_user_error():
 # Evaluation
 def returns_of(index, episodes, seed=11):
     """What the first episodes of an environment give to an agent that always takes action 1."""
-    env, returns = common.make_env("Counting-v0", seed, index), []
+    env = tiny.make_env("Counting-v0", seed, index)
+    returns = []
     for _ in range(episodes):
         env.reset()
-        total, done = 0.0, False
+        total = 0.0
+        done = False
         while not done:
             _, reward, terminated, truncated, _ = env.step(np.eye(3)[1])
-            total, done = total + reward, terminated or truncated
+            total += reward
+            done = terminated or truncated
         returns.append(total)
     return returns
 
@@ -817,21 +981,23 @@ def evaluate(envs, episodes, **options):
 
 
 def test_evaluation_plays_whole_episodes_and_equally_many_in_each_environment():
-    envs = common.make_envs(3, env_id="Counting-v0", seed=11)
+    envs = tiny.make_envs(3, "Counting-v0", seed=11)
     returns, frames = evaluate(envs, 8)
     expected = returns_of(0, 3) + returns_of(1, 3) + returns_of(2, 2)
     np.testing.assert_allclose(sorted(returns), sorted(expected))
     assert frames == []
-    assert len({env.unwrapped.length for env in envs.envs}) > 1
+    assert len({env.unwrapped.length for env in envs.vector.envs}) > 1
     envs.close()
 
 
 @pytest.mark.parametrize("episodes", [2, 5])
 def test_every_evaluation_plays_the_same_episodes(episodes):
-    envs = common.make_envs(2, env_id="Counting-v0", seed=11)
+    envs = tiny.make_envs(2, "Counting-v0", seed=11)
     first, _ = evaluate(envs, episodes)
     evaluate(envs, 3)
-    play(envs, 4)  # breaks an episode off
+    for _ in range(4):
+        tiny.step(envs, envs.random_actions())
+    assert not envs.all_ended  # the next evaluation breaks an episode off
     again, _ = evaluate(envs, episodes)
     assert again.tolist() == first.tolist()
     expected = returns_of(0, -(-episodes // 2)) + returns_of(1, episodes // 2)
@@ -839,8 +1005,30 @@ def test_every_evaluation_plays_the_same_episodes(episodes):
     envs.close()
 
 
+def test_evaluation_has_the_same_noise_each_time_and_leaves_that_of_training_alone():
+    envs = tiny.make_envs(2, "Counting-v0", seed=11)
+
+    def noise_of_evaluation(seed):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        noise = []
+
+        def act(row, state):
+            noise.append(float(torch.rand(())))
+            return ones(row, state)
+
+        common.evaluate(envs, act, {}, 3)
+        assert torch.get_rng_state().equal(before)
+        return noise
+
+    first = noise_of_evaluation(seed=1)
+    assert len(set(first)) == len(first) > 5
+    assert noise_of_evaluation(seed=2) == first
+    envs.close()
+
+
 def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
-    envs = common.make_envs(2, env_id="Counting-v0", seed=11)
+    envs = tiny.make_envs(2, "Counting-v0", seed=11)
     rows, states = [], []
 
     def act(row, state):
@@ -859,12 +1047,10 @@ def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
 
 
 def test_the_film_of_an_evaluation_shows_the_first_environment_until_an_episode_ends():
-    envs = common.make_envs(2, env_id="Counting-v0", seed=11, render=True)
+    envs = tiny.make_envs(2, "Counting-v0", seed=11, render=True)
     _, frames = evaluate(envs, 4, film=True)
-    shortest = min(
-        int(np.random.default_rng(s).integers(3, 10))
-        for s in [int(np.random.SeedSequence([11, i, 0]).generate_state(1)[0]) >> 1 for i in (0, 1)]
-    )
+    seeds = [seed_of_episode(11, i, 0) for i in (0, 1)]
+    shortest = min(int(np.random.default_rng(seed).integers(3, 10)) for seed in seeds)
     assert [int(frame[0, 0, 0]) for frame in frames] == list(range(shortest))
     assert frames[0].shape == (32, 48, 3)
     envs.close()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import inspect_run
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from processes import start
 
-import common
+from runtime import UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = """--batch-size 3 --batch-length 12 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
@@ -152,21 +153,25 @@ def test_what_followed_in_windows_is_that_of_each_window_alone(run):
             assert (x[:, b : b + 1] == y).all()
 
 
-def loggable(run):
-    """A batch with an end within it, and what the scripts would log of it."""
+def windows_with_an_end(run):
+    """Windows of the replay; in the middle of the first one an episode ends."""
     batch = tools.replayed(run, 6, 12)
-    batch["is_terminal"][:, 0], batch["is_first"][:, 0] = 0, 0
-    batch["is_terminal"][7, 0] = batch["is_first"][8, 0] = 1
+    batch["is_terminal"][:, 0] = 0
+    batch["is_first"][:, 0] = 0
+    batch["is_terminal"][7, 0] = 1
+    batch["is_first"][8, 0] = 1
     batch["reward"] = batch["reward"] + torch.randn(12, 6)
-    return batch, tools.diagnose(run.agent, batch, run.args)
+    return batch
 
 
 @pytest.mark.usefixtures("no_noise")
-def test_logged_reward_errors_equal_rollouts_one_by_one(run):
-    run.args.imag_horizon = 7
-    batch, logged = loggable(run)
+def test_reward_errors_in_the_replay_equal_rollouts_one_by_one(run):
+    batch = windows_with_an_end(run)
+    told = tools.reward_errors(tools.horizon_curves(run, batch, 9), 7)
     post, _ = tools.observe(run, batch)
-    first, reward, errors = batch["is_first"] != 0, batch["reward"], {1: [], 5: [], 7: []}
+    first = batch["is_first"] != 0
+    reward = batch["reward"]
+    errors = {1: [], 5: [], 7: []}
     for b, t, steps in itertools.product(range(6), range(12), errors):
         now = slice(t + 1, t + steps + 1)
         if t + steps > 11 or first[now, b].any() or first[t + steps, b]:
@@ -177,16 +182,17 @@ def test_logged_reward_errors_equal_rollouts_one_by_one(run):
                 state = run.rssm.img_step(state, action[None])
             wrong = run.model.reward(run.rssm.feat(state)) - reward[t + steps, b]
         errors[steps].append(float(wrong) ** 2)
+    assert told.keys() == {"1", "5", "7", "mean"}
     for steps, values in errors.items():
         assert len(values) > 10
-        assert logged[f"diagnose/reward_error_{steps}"] == pytest.approx(np.mean(values), rel=1e-4)
+        assert told[str(steps)] == pytest.approx(np.mean(values), rel=1e-4)
     varies = reward[~first].var(unbiased=False)
-    assert logged["diagnose/reward_error_mean"] == pytest.approx(float(varies), rel=1e-4)
+    assert told["mean"] == pytest.approx(float(varies), rel=1e-4)
 
 
-def test_logged_optimism_is_3_where_the_critic_adds_3_times_what_followed(run, monkeypatch):
+def test_optimism_in_the_replay_is_3_where_the_critic_adds_3_times_what_followed(run, monkeypatch):
     """The critic's mistake is in the last row's value too, and is found whole all the same."""
-    batch, _ = loggable(run)
+    batch = windows_with_an_end(run)
     zeros = torch.zeros(12, 6)
     _, share = tools.followed(run, batch, zeros)
     batch["reward"] = torch.ones(12, 6)
@@ -198,65 +204,43 @@ def test_logged_optimism_is_3_where_the_critic_adds_3_times_what_followed(run, m
         monkeypatch.setattr(run.agent["critic"], "forward", lambda feat, wrong=wrong: wrong)
         truth, _ = tools.followed(run, batch, wrong)
         scale = truth[batch["is_first"] == 0].mean()
-        logged = tools.diagnose(run.agent, batch, run.args)["diagnose/value_optimism"]
-        assert logged == pytest.approx(float(added * size / scale), abs=1e-4)
+        told = tools.replay_optimism(run, batch)
+        assert told == pytest.approx(float(added * size / scale), abs=1e-4)
 
 
-def test_logged_collapse_counts_the_latents_that_are_the_same_everywhere(run, monkeypatch):
-    batch, logged = loggable(run)
-    post, prior = run.rssm.observe(run.model.encoder(batch), batch["action"], batch["is_first"])
-    assert 0 <= logged["diagnose/collapsed_latents"] < 1
-    stats = {k: v.detach().clone() for k, v in post.items()}
+def test_collapse_counts_the_latents_that_are_the_same_everywhere(run):
+    post, _ = tools.observe(run, windows_with_an_end(run))
+    before = tools.collapsed(post)
+    assert 0 <= before < 1
     for key in ("logit", "mean", "std"):
-        if key in stats:
-            stats[key][:, :, 0] = stats[key][0, 0, 0]
-    monkeypatch.setattr(run.rssm, "observe", lambda *a: (stats, prior))
-    now = tools.diagnose(run.agent, batch, run.args)["diagnose/collapsed_latents"]
-    assert now == pytest.approx(logged["diagnose/collapsed_latents"] + 1 / 3)
+        if key in post:
+            post[key][:, :, 0] = post[key][0, 0, 0].clone()
+    assert tools.collapsed(post) == pytest.approx(before + 1 / 3)
 
 
-def test_rows_of_resets_alone_have_nothing_to_log(run):
+def test_rows_of_resets_alone_have_no_errors_and_no_optimism(run):
     batch = tools.replayed(run, 2, 5)
     batch["is_first"] = torch.ones_like(batch["is_first"])
-    assert tools.diagnose(run.agent, batch, run.args) == {}
-
-
-def rows_of(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "charts/SPS", "time/updates_per_second")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
-
-
-@pytest.mark.parametrize("script", CASES)
-def test_a_run_that_is_diagnosed_learns_bit_for_bit_as_one_that_is_not(script, tmp_path):
-    seen = {}
-    for every in (0, 5):
-        (tmp_path / str(every)).mkdir()
-        flags = f"{TINY} {CASES[script]} --total-frames 300 --diagnose-every {every}"
-        seen[every] = rows_of(train(script, flags, tmp_path / str(every)))
-    diagnosed = [row for row in seen[5] if "diagnose/value_optimism" in row]
-    assert [row["updates"] for row in diagnosed] == list(range(5, seen[5][-1]["updates"] + 1, 5))
-    assert [row for row in seen[5] if row not in diagnosed] == seen[0]
-    assert any("losses/model" in row for row in seen[0])
+    assert tools.reward_errors(tools.horizon_curves(run, batch, 3), 3) == {}
+    assert tools.replay_optimism(run, batch) is None
 
 
 def test_a_script_that_was_copied_without_the_instruments_runs_without_them(tmp_path):
-    for name in ("dreamerv2.py", "common.py", "distributed.py"):
+    for name in ("dreamerv2.py", "common.py", "runtime.py"):
         shutil.copy(ROOT / name, tmp_path)
-    flags = f"{TINY} {CASES['dreamerv2']} --total-frames 200 --diagnose-every 5"
+    flags = f"{TINY} {CASES['dreamerv2']} --total-frames 200"
     process = start("dreamerv2.py", flags, tmp_path, tmp_path)
     _, err = process.communicate()
     assert process.returncode == 0, err
     (run,) = tmp_path.glob("runs/*")
-    rows = rows_of(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["updates"] > 5
-    assert not any(key.startswith("diagnose/") for row in rows for key in row)
 
 
 def test_windows_of_the_replay_are_rows_that_lie_in_it_one_after_another(run, folder):
     windows = tools.replayed(run, 5, 9)
     stored = {p.stem: np.load(p, mmap_mode="r") for p in (folder / "replay").glob("*.npy")}
-    count = run.state["replay"]["end"]
+    count = run.replay.end
     for b in range(5):
         vector = windows["vector"][:, b].numpy()
         (at,) = np.flatnonzero((stored["vector"][: count - 8, 0] == vector[0]).all(-1))[:1]
@@ -264,7 +248,7 @@ def test_windows_of_the_replay_are_rows_that_lie_in_it_one_after_another(run, fo
             assert (stored[key][at : at + 9, 0] == windows[key][:, b].numpy()).all()
     late = tools.replayed(run, 50, 9, last=9)
     assert (late["vector"] == late["vector"][:, :1]).all()  # there is one such window
-    with pytest.raises(common.UserError, match="no 5000 rows"):
+    with pytest.raises(UserError, match="no 5000 rows"):
         tools.replayed(run, 1, 5000)
 
 
@@ -345,13 +329,13 @@ def inspect(*flags):
 def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(folder):
     lock = open(folder / "replay" / "lock", "w")  # noqa: SIM115
     fcntl.lockf(lock, fcntl.LOCK_EX)
-    before = {p: p.read_bytes() for p in folder.rglob("*.npy")}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     command = [sys.executable, str(ROOT / "benchmarks" / "inspect_run.py"), str(folder)]
     flags = ["--episodes", "2", "--horizon", "8"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     lock.close()
     assert done.returncode == 0, done.stderr
-    assert {p: p.read_bytes() for p in folder.rglob("*.npy")} == before
+    assert {p: p.read_bytes() for p in before} == before
     page = (folder / "report.html").read_text()
     told = json.loads((folder / "report.json").read_text())
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
@@ -360,22 +344,51 @@ def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(fold
         assert sentence in done.stdout
         assert sentence in page.replace("&#x27;", "'")
     assert len(told["fresh"]["reward"]) <= 9
+    assert told["reward_errors"]["replay"].keys() == {"1", "4", "5", "mean"}
+    assert told["reward_errors"]["replay"]["5"] == told["replay"]["reward"][5]
+    assert 0 <= told["health"]["collapsed"] <= 1
+    assert f"{told['replay_optimism']:+.0%}" in page
     assert f"{told['optimism']['value']:.2f}" in page
     assert f"{told['drift']['far']:.0%}" in page
     assert "batch_length: 12" in page
     assert (folder / "videos" / "horizons.png").stat().st_size > 1000
 
 
+def test_a_run_that_still_trains_is_inspected_and_trains_on(tmp_path):
+    flags = f"{TINY} {CASES['dreamerv2']} --total-frames 1000000 --checkpoint-every 50"
+    process = start("dreamerv2.py", f"{flags} --resume run --eval-every 0", tmp_path)
+    path = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or "losses/model" not in path.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    inspect(tmp_path / "run", "--episodes", 1, "--horizon", 6)
+    assert process.poll() is None
+    before = path.stat().st_size
+    while path.stat().st_size == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    told = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert told["updates"] > 0
+    assert {"1", "4", "5", "mean"} == told["reward_errors"]["replay"].keys()
+    assert np.isfinite(told["replay_optimism"])
+    assert 0 <= told["health"]["collapsed"] <= 1
+
+
 def test_nothing_that_the_folder_holds_is_executed(folder, tmp_path):
     theirs = tmp_path / "run"
     shutil.copytree(folder, theirs)
-    for name in ("dreamerv2.py", "common.py", "distributed.py", "evil.py", "instruments.py"):
+    for name in ("dreamerv2.py", "common.py", "runtime.py", "evil.py", "instruments.py"):
         (theirs / name).write_text("raise SystemExit('executed')")
     inspect(theirs, "--episodes", 1, "--horizon", 2)
     assert (theirs / "report.html").exists()
     text = (theirs / "args.yaml").read_text()
     (theirs / "args.yaml").write_text(re.sub("exp_name: .*", "exp_name: evil", text))
-    with pytest.raises(common.UserError, match="no script of ours is named evil, give --script"):
+    with pytest.raises(UserError, match="no script of ours is named evil, give --script"):
         inspect(theirs)
 
 
@@ -402,7 +415,7 @@ def test_what_cannot_be_inspected_is_said_in_one_line(folder, tmp_path):
         ([folder, "--dream"], "--dream needs an agent that learns from images"),
         ([folder, "--episodes", "0"], "--episodes is 0"),
     ):
-        with pytest.raises(common.UserError) as error:
+        with pytest.raises(UserError) as error:
             inspect(*flags)
         assert text in str(error.value)
         assert "\n" not in str(error.value)

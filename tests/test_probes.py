@@ -12,9 +12,10 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
-from envs import reset_rows
+from envs import make_envs, reset_rows, step
 
 import common
+import runtime
 
 GAMMA = 0.8
 FLAGS = f"""--gamma {GAMMA} --batch-length 8 --imag-horizon 5 --deter 32 --hidden 32 --stoch 4
@@ -51,34 +52,35 @@ def train(command, env_id, updates, folder, seed=1):
     `value`, `predicted_reward` and `discount` of the states, and `shown`, the row's first number.
     """
     name, *own = command.replace(".py", "").split()
-    dreamer, continuous = importlib.import_module(name), "Continuous" in env_id
+    dreamer = importlib.import_module(name)
+    continuous = "Continuous" in env_id
     flags = f"--env-id {env_id} --seed {seed} --precision float32 {FLAGS}"
     flags += f" --batch-size {16 if 'Pixels' in env_id else 32}"
-    args = common.parse_args(dreamer.Args, dreamer.PRESETS, [*flags.split(), *own])
+    args = runtime.parse_args(
+        dreamer.Args, dreamer.PRESETS, common.choose_preset, [*flags.split(), *own]
+    )
     v1 = name == "dreamerv1"
-    args.actor_dist = ("tanh_normal" if v1 else "trunc_normal") if continuous else "onehot"
-    if args.actor_grad == "auto":
-        args.actor_grad = "dynamics" if continuous else "reinforce"
-    device = common.setup(seed, cuda=False, deterministic=False, threads=1)
-    envs = common.make_envs(args.num_envs, env_id=env_id, seed=seed, grayscale=args.grayscale)
-    shapes = envs.shapes
-    agent = dreamer.make_agent({k: shape for k, (shape, _) in shapes.items()}, args)
+    device = runtime.setup(seed, cuda=False, deterministic=False, threads=1)
+    envs = make_envs(args.num_envs, env_id, seed, grayscale=args.grayscale)
+    assert envs.discrete != continuous
+    dreamer.resolve_auto(args, device, envs.discrete)
+    agent = dreamer.make_agent(envs.shapes, args)
     optimizers = dreamer.make_optimizers(agent, args)
-    replay = common.Replay(folder, 101 + updates, shapes, args.num_envs, seed, device)
-    act = common.Captured(partial(dreamer.policy, agent), device, args.graph)
-    answer = common.Captured(partial(dreamer.policy, agent, sample=False), device, args.graph)
+    replay = common.Replay(folder, 101 + updates, envs.shapes, args.num_envs, device)
+    act = runtime.Captured(partial(dreamer.policy, agent), device, args.graph)
+    answer = runtime.Captured(partial(dreamer.policy, agent, sample=False), device, args.graph)
     start = agent["world_model"].rssm.initial(args.num_envs)
 
-    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), start
+    row = reset_rows(envs)
+    state = start
     replay.add(row)
     for i in range(-100, updates):
         action, state = act(row, state)
-        action = action.numpy()
         if i < 0:
-            action = common.random_actions(envs, replay.rng)
+            action = envs.random_actions()
         elif v1:
-            action = dreamer.explore(action, i, args, replay.rng)
-        row, done, _ = common.step_rows(envs, action, done)
+            action = dreamer.explore(action, i, args)
+        row, _ = step(envs, action)
         replay.add(row)
         if i >= 0:
             batch = replay.sample(args.batch_size, args.batch_length)
@@ -86,20 +88,25 @@ def train(command, env_id, updates, folder, seed=1):
             if not v1 and i % args.slow_update == 0:
                 agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
 
-    rows, world_model = [], agent["world_model"]
-    row, done, state = reset_rows(envs), np.zeros(args.num_envs, bool), start
+    rows = []
+    world_model = agent["world_model"]
+    envs.load_state_dict(envs.state_dict())  # breaks the episodes off
+    row = reset_rows(envs)
+    state = start
     for _ in range(4 * probe_envs.CONTINUING):
         action, state = answer(row, state)
-        action = action.numpy()
         with torch.no_grad():
             feat = world_model.rssm.feat(state)
             row["value"] = agent["critic"](feat).numpy()
             row["predicted_reward"] = world_model.reward(feat).numpy()
             row["discount"] = torch.sigmoid(world_model.discount(feat)).numpy()
-        row["answer"] = (action[:, 0] + 1) / 2 if continuous else action.argmax(-1)
+        if continuous:
+            row["answer"] = (action[:, 0].numpy() + 1) / 2
+        else:
+            row["answer"] = action.argmax(-1).numpy()
         row["shown"] = row.get("image", row.get("vector")).reshape(args.num_envs, -1)[:, 0]
         rows.append(row)
-        row, done, _ = common.step_rows(envs, action, done)
+        row, _ = step(envs, action)
     envs.close()
     play = SimpleNamespace(**{k: np.stack([row[k] for row in rows]) for k in rows[0]})
     play.first, play.terminal = play.is_first > 0, play.is_terminal > 0

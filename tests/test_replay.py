@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from envs import reset_rows
+from envs import make_envs, reset_rows
 
 import common
+import runtime
 
 SHAPES = {
-    "vector": ((2,), np.float32),  # number of the row and of the environment
-    "action": ((3,), np.float32),
-    "reward": ((), np.float32),
-    "is_first": ((), bool),
-    "is_terminal": ((), np.float32),
+    "vector": (2,),  # number of the row and of the environment
+    "action": (3,),
+    "reward": (),
+    "is_first": (),
+    "is_terminal": (),
 }
+DTYPES = dict.fromkeys(SHAPES, np.float32) | {"is_first": np.bool_}
 CPU = torch.device("cpu")
 FILES = {"lock", *(f"{name}.npy" for name in (*SHAPES, "written"))}
 
@@ -45,9 +47,9 @@ def made(folder, *args):
     return common.Replay(folder, *args, CPU)
 
 
-def filled(folder, capacity, rows, num_envs=3, seed=0, first=dict):
+def filled(folder, capacity, rows, num_envs=3, first=dict):
     """A replay after so many rows; first: dict of row -> environments that it resets."""
-    replay = made(folder, capacity, SHAPES, num_envs, seed)
+    replay = made(folder, capacity, SHAPES, num_envs)
     for number in range(rows):
         replay.add(make_row(number, num_envs, first().get(number, ())))
     return replay
@@ -55,6 +57,7 @@ def filled(folder, capacity, rows, num_envs=3, seed=0, first=dict):
 
 def windows(replay, batches, batch_size, length, **options):
     """How often the window of each (first row, environment) was drawn, if all are whole."""
+    torch.manual_seed(0)
     counts = Counter()
     for _ in range(batches):
         batch = replay.sample(batch_size, length, **options)
@@ -119,17 +122,18 @@ def test_windows_are_drawn_uniformly(tmp_path):
 
 def test_windows_are_independent_of_one_another_within_a_batch(tmp_path):
     replay = filled(tmp_path, 40, 100)
+    torch.manual_seed(0)
     batch = replay.sample(500, 7)
     draws = batch["vector"][0].numpy()
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.15
     assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < 0.15
 
 
-def test_the_same_seed_draws_the_same_windows(tmp_path):
+def test_the_same_seed_of_torch_draws_the_same_windows(tmp_path):
     draws = []
     for k, seed in enumerate((4, 4, 5)):
-        (tmp_path / str(k)).mkdir()
-        replay = filled(tmp_path / str(k), 40, 60, seed=seed)
+        replay = filled(tmp_path / str(k), 40, 60)
+        torch.manual_seed(seed)
         draws.append(torch.stack([replay.sample(9, 5)["vector"] for _ in range(3)]))
     assert draws[0].equal(draws[1])
     assert not draws[0].equal(draws[2])
@@ -171,12 +175,13 @@ def test_without_favored_ends_no_window_is_special(tmp_path):
 
 # The disk
 def test_images_lie_on_the_disk_once_and_as_bytes(tmp_path):
-    shapes = {"image": ((3, 64, 64), np.uint8), **SHAPES}
-    replay = made(tmp_path, 37, shapes, 2, 0)
+    shapes = {"image": (3, 64, 64), **SHAPES}
+    replay = made(tmp_path, 37, shapes, 2)
     image = np.random.default_rng(0).integers(256, size=(2, 3, 64, 64), dtype=np.uint8)
     replay.add({"image": image, **make_row(0, 2)})
     sizes = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
-    row = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+    row = common.row_bytes(shapes)
+    assert row == 3 * 64 * 64 + 4 * (2 + 3 + 1 + 1) + 1
     assert sizes["image"] - 37 * 2 * 3 * 64 * 64 < 256  # but for the header
     assert 0 < sum(sizes.values()) - 37 * 2 * row < 256 * len(sizes)
     batch = replay.sample(1, 1)
@@ -185,7 +190,7 @@ def test_images_lie_on_the_disk_once_and_as_bytes(tmp_path):
 
 
 def test_the_disk_is_really_allocated_at_the_start(tmp_path):
-    made(tmp_path, 4096, {"image": ((1, 64, 64), np.uint8), **SHAPES}, 2, 0)
+    made(tmp_path, 4096, {"image": (1, 64, 64), **SHAPES}, 2)
     stat = (tmp_path / "image.npy").stat()
     assert stat.st_size > 4096 * 2 * 64 * 64
     assert stat.st_blocks * 512 >= stat.st_size
@@ -201,12 +206,11 @@ def test_numpy_alone_reads_the_rows(tmp_path):
 
 
 def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
-    envs = common.make_envs(2, env_id="Pendulum-v1", seed=1)
+    envs = make_envs(2, "Pendulum-v1")
     shapes = envs.shapes
     row = reset_rows(envs)
-    assert set(shapes) == set(row)
-    assert {k: v.shape[1:] for k, v in row.items()} == {k: s for k, (s, _) in shapes.items()}
-    replay = made(tmp_path, 10, shapes, 2, 0)
+    assert {k: v.shape[1:] for k, v in row.items()} == shapes
+    replay = made(tmp_path, 10, shapes, 2)
     replay.add(row)
     for key, value in replay.sample(1, 1).items():
         assert value[0, 0].numpy() in row[key], key
@@ -215,8 +219,8 @@ def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
 
 def test_files_of_another_shape_are_a_user_error(tmp_path):
     filled(tmp_path, 10, 5).state_dict()
-    with pytest.raises(common.UserError, match=r"vector\.npy holds no \(10, 4, 2\) float32"):
-        common.Replay(tmp_path, 10, SHAPES, 4, 0, CPU)
+    with pytest.raises(runtime.UserError, match=r"vector\.npy holds no \(10, 4, 2\) float32"):
+        common.Replay(tmp_path, 10, SHAPES, 4, CPU)
 
 
 def anonymous_memory():
@@ -227,8 +231,8 @@ def anonymous_memory():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_drawing_takes_no_memory_that_the_system_cannot_take_back(tmp_path):
-    shapes = {"image": ((3, 64, 64), np.uint8), **SHAPES}
-    replay = made(tmp_path, 10_000, shapes, 2, 0)
+    shapes = {"image": (3, 64, 64), **SHAPES}
+    replay = made(tmp_path, 10_000, shapes, 2)
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(2, 3, 64, 64), dtype=np.uint8)
     row = {"image": image, **make_row(1, 2)}
@@ -246,9 +250,15 @@ def test_drawing_takes_no_memory_that_the_system_cannot_take_back(tmp_path):
 # Resume
 def resume(folder, capacity, state):
     """The replay of a process that goes on after a checkpoint."""
-    replay = common.Replay(folder, capacity, SHAPES, 3, 12, CPU)
+    replay = common.Replay(folder, capacity, SHAPES, 3, CPU)
     replay.load_state_dict(state)
     return replay
+
+
+def draw(replay, length):
+    """The windows that a seed of torch's generator draws."""
+    torch.manual_seed(8)
+    return replay.sample(9, length)["vector"]
 
 
 def starts(rows, length):
@@ -273,22 +283,24 @@ def in_another_process(function):
 
 def test_a_resumed_replay_draws_what_the_undisturbed_one_would_have(tmp_path):
     replay = filled(tmp_path, 40, 57)
-    replay.sample(9, 5)
     state = replay.state_dict()
-    undisturbed = replay.sample(9, 5)["vector"]
+    undisturbed = draw(replay, 5)
     resumed = resume(tmp_path, 40, state)
     assert (resumed.capacity, resumed.start, resumed.end) == (40, 17, 57)
-    assert resumed.sample(9, 5)["vector"].equal(undisturbed)
+    assert draw(resumed, 5).equal(undisturbed)
     resumed.add(make_row(57))
     assert set(windows(resumed, 60, 101, 7)) == starts(range(18, 58), 7)
 
 
-def test_a_checkpoint_can_carry_the_state(tmp_path):
+def test_a_checkpoint_carries_the_state_and_the_generator_that_draws(tmp_path):
     replay = filled(tmp_path, 40, 57)
-    common.save_checkpoint(tmp_path, {}, {"replay": replay.state_dict()})
-    state = common.load_checkpoint(tmp_path, {})["replay"]
-    resumed = resume(tmp_path, 40, state)
-    assert resumed.sample(9, 5)["vector"].equal(replay.sample(9, 5)["vector"])
+    replay.sample(9, 5)
+    runtime.save_checkpoint(tmp_path, {"replay": replay}, {"step": 57})
+    undisturbed = replay.sample(9, 5)["vector"]
+    resumed = common.Replay(tmp_path, 40, SHAPES, 3, CPU)
+    assert runtime.load_checkpoint(tmp_path, {"replay": resumed}) == {"step": 57}
+    assert (resumed.capacity, resumed.start, resumed.end) == (40, 17, 57)
+    assert resumed.sample(9, 5)["vector"].equal(undisturbed)  # torch's generator is restored
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
@@ -401,9 +413,9 @@ def check_wrapping(replay):
 
 def check_disk(folder, capacity):
     """The files take the room that their rows need, all of it allocated."""
-    for name, (shape, dtype) in SHAPES.items():
+    for name, shape in SHAPES.items():
         stat = (folder / f"{name}.npy").stat()
-        size = capacity * 3 * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = capacity * 3 * int(np.prod(shape)) * np.dtype(DTYPES[name]).itemsize
         assert size < stat.st_size < size + 256
         assert stat.st_blocks * 512 >= stat.st_size
         assert np.load(folder / f"{name}.npy", mmap_mode="r").shape == (capacity, 3, *shape)
@@ -416,10 +428,10 @@ def check_disk(folder, capacity):
 def test_a_longer_run_has_more_rows_and_keeps_those_from_before(tmp_path, rows, capacity):
     replay = filled(tmp_path, 40, rows)
     state = replay.state_dict()
-    undisturbed = replay.sample(9, 3)["vector"]
+    undisturbed = draw(replay, 3)
     grown = resume(tmp_path, capacity, state)
     assert (grown.capacity, grown.start, grown.end) == (capacity, 0, rows)
-    assert grown.sample(9, 3)["vector"].equal(undisturbed)
+    assert draw(grown, 3).equal(undisturbed)
     assert set(windows(grown, 60, 101, 3)) == starts(range(rows), 3)
     check_disk(tmp_path, capacity)
     check_wrapping(grown)
@@ -434,10 +446,10 @@ def test_a_longer_run_has_more_rows_and_keeps_those_from_before(tmp_path, rows, 
 def test_a_ring_that_has_come_round_keeps_its_size(tmp_path, rows, capacity):
     replay = filled(tmp_path, 40, rows)
     state = replay.state_dict()
-    undisturbed = replay.sample(9, 3)["vector"]
+    undisturbed = draw(replay, 3)
     resumed = resume(tmp_path, capacity, state)
     assert (resumed.capacity, resumed.start, resumed.end) == (40, rows - 40, rows)
-    assert resumed.sample(9, 3)["vector"].equal(undisturbed)
+    assert draw(resumed, 3).equal(undisturbed)
     assert set(windows(resumed, 60, 101, 3)) == starts(range(rows - 40, rows), 3)
     check_disk(tmp_path, 40)
     check_wrapping(resumed)
@@ -521,7 +533,7 @@ def die_growing(folder, state, moment, survived):
 def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, moment, capacity):
     replay = filled(tmp_path / "0", 40, 30)
     state = replay.state_dict()
-    undisturbed = replay.sample(9, 7)["vector"]
+    undisturbed = draw(replay, 7)
     for number in range(30, 40):  # after the checkpoint
         replay.add(make_row(1000 + number))
     for survived in range(CALLS + 1):
@@ -533,7 +545,7 @@ def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, moment, capacity
         assert resumed.capacity in ({capacity, max(80, capacity)} if died else {max(80, capacity)})
         assert {len(data) for data in resumed.data.values()} == {resumed.capacity}
         assert (resumed.start, resumed.end) == (0, 30)
-        assert resumed.sample(9, 7)["vector"].equal(undisturbed)
+        assert draw(resumed, 7).equal(undisturbed)
         for number in range(30, 110):
             resumed.add(make_row(number))
         kept = range(110 - resumed.capacity, 110)
@@ -569,7 +581,7 @@ def test_growth_on_a_full_disk_is_a_user_error_of_one_line_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(common.UserError, match="No space left") as error:
+        with pytest.raises(runtime.UserError, match="No space left") as error:
             resume(tmp_path, 80, state)
     assert "\n" not in str(error.value)
     grown = resume(tmp_path, 80, state)
@@ -581,7 +593,7 @@ def test_growth_on_a_full_disk_is_a_user_error_of_one_line_and_loses_nothing(
 # What is missing or damaged
 def test_a_checkpoint_without_its_rows_is_a_user_error(tmp_path):
     state = filled(tmp_path, 10, 3).state_dict()
-    with pytest.raises(common.UserError, match="lacks rows"):
+    with pytest.raises(runtime.UserError, match="lacks rows"):
         resume(tmp_path, 10, state | {"end": 4})
 
 
@@ -591,7 +603,7 @@ def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name)
     missing = path.read_bytes()
     path.unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(common.UserError, match=rf"{name}\.npy holds no .*FileNotFoundError"):
+    with pytest.raises(runtime.UserError, match=rf"{name}\.npy holds no .*FileNotFoundError"):
         resume(tmp_path, 80, state)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     changed = {name for name in before | after if before.get(name) != after.get(name)}
@@ -603,8 +615,8 @@ def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name)
 
 
 def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
-    with pytest.raises(common.UserError, match="elsewhere, or it is missing: FileNotFoundError"):
-        common.Replay(tmp_path / "elsewhere", 10, SHAPES, 3, 0, CPU)
+    with pytest.raises(runtime.UserError, match="elsewhere, or it is missing: FileNotFoundError"):
+        common.Replay(tmp_path / "elsewhere", 10, SHAPES, 3, CPU)
     assert not list(tmp_path.iterdir())
 
 
@@ -619,7 +631,7 @@ def test_a_folder_that_is_missing_is_a_user_error(tmp_path):
 def test_a_damaged_file_is_a_user_error_of_one_line(tmp_path, name, content):
     state, path = filled(tmp_path, 40, 57).state_dict(), tmp_path / f"{name}.npy"
     path.write_bytes(damaged := content(path.read_bytes()))
-    with pytest.raises(common.UserError, match=rf"{name}\.npy holds no") as error:
+    with pytest.raises(runtime.UserError, match=rf"{name}\.npy holds no") as error:
         resume(tmp_path, 40, state)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == damaged
@@ -644,5 +656,5 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
 
     assert in_another_process(die) == "-9"
     assert (tmp_path / "lock").exists()
-    state = {"start": 0, "end": 5, "rng": np.random.default_rng(0).bit_generator.state}
+    state = {"start": 0, "end": 5}
     assert len(resume(tmp_path, 10, state)) == 5

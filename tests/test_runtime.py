@@ -1,4 +1,4 @@
-"""Plumbing: command line, optimizer step, run folders, checkpoints and logs."""
+"""Runtime: command line, random numbers, run folders, checkpoints, logs, and opt_step."""
 
 import contextlib
 import errno
@@ -9,32 +9,33 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import yaml
-from envs import reset_rows
 from PIL import Image
 from torch import distributions as td
 from torch import nn
 
 import common
+import dreamerv1
+import dreamerv2
+import runtime
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = [dreamerv1, dreamerv2]
 
 
 @dataclass
 class Args:
     env_id: str = "PongNoFrameskip-v4"
+    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"
     exp_name: str = "try"
     seed: int = 1
     total_frames: int = 200
@@ -43,8 +44,8 @@ class Args:
     resume: str = ""
     evaluate: str = ""
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"
-    num_envs: common.Count = 1
-    lr: common.Rate = 0.1
+    num_envs: runtime.Count = 1
+    lr: runtime.Rate = 0.1
     clip: float = 100.0
     log_every: int = 10
     eval_episodes: int = 1
@@ -62,13 +63,17 @@ PRESETS = {
 }
 
 
-def close(logger):
-    for closing in (logger.bar, logger.file, logger.writer):
-        closing.close()
-
-
 def parse(line):
-    return common.parse_args(Args, PRESETS, line.split())
+    return runtime.parse_args(Args, PRESETS, common.choose_preset, line.split())
+
+
+def contents(folder):
+    """All files below a folder -> path from there: bytes; folders have none."""
+    paths = sorted(folder.rglob("*"))
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
 
 
 # Command line
@@ -86,6 +91,40 @@ def test_the_id_chooses_the_preset(line, lr):
     assert args.lr == lr
     assert args.num_envs == (5 if lr == 0.4 else 1)
     assert args.env_id in f"{line} {Args.env_id}"
+    assert asdict(parse(f"{line} --preset auto")) == asdict(args)
+
+
+@pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "dmc/walker-walk", "CartPole-v1"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_that_is_named_goes_before_the_id(env_id, preset):
+    args = parse(f"--env-id {env_id} --preset {preset} --observation both --seed 9")
+    given = {"env_id": env_id, "preset": preset, "observation": "both", "seed": 9}
+    assert asdict(args) == asdict(Args()) | PRESETS[preset] | given
+    assert parse(f"--preset {preset} --env-id {env_id} --lr 7").lr == 7
+
+
+def test_a_preset_that_there_is_not_is_refused_with_those_that_there_are(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--env-id CartPole-v1 --preset small")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--preset" in said
+    assert "'small'" in said
+    assert all(f"'{preset}'" in said for preset in ("auto", *PRESETS))
+
+
+@pytest.mark.parametrize(("env_id", "observation", "preset"), [
+    ("PongNoFrameskip-v4", "auto", "atari"), ("ALE/Pong-v5", "pixels", "atari"),
+    ("dm_control/walker-walk-v0", "auto", "dmc_pixels"), ("dmc/walker-walk", "both", "dmc_pixels"),
+    ("dmc/walker-walk", "vector", "dmc_vector"), ("CartPole-v1", "auto", "other"),
+    ("CartPole-v1", "pixels", "other"), ("module:dmc/Thing-v0", "auto", "other"),
+    ("Nothing-v0", "vector", "other"),
+])  # fmt: skip
+def test_choose_preset_goes_by_the_id_unless_one_is_named(env_id, observation, preset):
+    args = SimpleNamespace(env_id=env_id, observation=observation, preset="auto")
+    assert common.choose_preset(args) == preset
+    for args.preset in PRESETS:
+        assert common.choose_preset(args) == args.preset
 
 
 def test_flags_override_the_preset():
@@ -102,6 +141,12 @@ def test_help_shows_the_values_in_force_for_the_id(capsys):
     text = capsys.readouterr().out
     assert "0.4" in text
     assert "CartPole-v1" in text
+    with pytest.raises(SystemExit) as stop:
+        parse("--env-id CartPole-v1 --preset dmc_vector --help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "0.3" in text
+    assert "0.4" not in text
 
 
 def test_an_unknown_flag_exits_with_code_2(capsys):
@@ -116,8 +161,9 @@ def run(tmp_path, monkeypatch):
     """A run folder of seed 3 with lr 0.7."""
     monkeypatch.chdir(tmp_path)
     args = asdict(Args(env_id="CartPole-v1", seed=3, lr=0.7))
-    (folder := common.new_run(args, 0.0) / "args.yaml").write_text(yaml.safe_dump(args))
-    return folder.parent
+    folder, is_new = runtime.open_run(args, 0)
+    assert is_new
+    return folder
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
@@ -133,16 +179,17 @@ def test_resume_may_change_how_long_and_where_but_not_what_is_learned(run):
     args = parse(f"--resume {run} --no-graph --compile")
     assert (args.graph, args.compile) == (False, True)
     parse(f"--resume {run} --lr 0.7 --env-id CartPole-v1")  # said again, but not changed
-    for change in ("--lr 0.8", "--seed 4", "--env-id Pendulum-v1", "--num-envs 2"):
+    changes = ["--lr 0.8", "--seed 4", "--env-id Pendulum-v1", "--num-envs 2", "--preset other"]
+    for change in changes:
         name = change.split()[0].strip("-")
-        with pytest.raises(common.UserError, match=f"--{name} cannot change"):
+        with pytest.raises(runtime.UserError, match=f"--{name} cannot change"):
             parse(f"--resume {run} {change}")
 
 
 def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(run):
     args = parse(f"--evaluate {run} --eval-episodes 9 --seed 4")
     assert (args.eval_episodes, args.seed, args.lr) == (9, 4, 0.7)
-    with pytest.raises(common.UserError, match="--lr cannot change"):
+    with pytest.raises(runtime.UserError, match="--lr cannot change"):
         parse(f"--evaluate {run} --lr 0.8")
 
 
@@ -153,11 +200,11 @@ def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(run):
 ])  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(run, flags, bounds):
     flag, value = flags.split()
-    with pytest.raises(common.UserError, match=rf"^{flag} is {value}, it must be from {bounds}$"):
+    with pytest.raises(runtime.UserError, match=rf"^{flag} is {value}, it must be from {bounds}$"):
         parse(f"{flags} --env-id CartPole-v1")
     args = asdict(Args()) | {flag.strip("-").replace("-", "_"): yaml.safe_load(value)}
     (run / "args.yaml").write_text(yaml.safe_dump(args))
-    with pytest.raises(common.UserError):
+    with pytest.raises(runtime.UserError):
         parse(f"--evaluate {run}")
 
 
@@ -167,18 +214,19 @@ def test_a_0_is_fine_where_it_means_something():
 
 
 @pytest.mark.parametrize(("kind", "code"), [
-    (common.UserError, 2), (ChildProcessError, 1), (FloatingPointError, 1), (OSError, 1),
-    (PermissionError, 1), (FileNotFoundError, 1),
+    (runtime.UserError, 2), (ChildProcessError, 1), (FloatingPointError, 1), (OSError, 1),
+    (PermissionError, 1), (FileNotFoundError, 1), (runtime.DeviceError, 1),
+    (torch.OutOfMemoryError, 1), (runtime.ElsewhereError, 1),
 ])  # fmt: skip
 def test_errors_that_are_meant_for_users_take_one_line_and_have_codes(capsys, kind, code):
-    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+    with pytest.raises(SystemExit) as stop, runtime.exit_on_error():
         raise kind("first\n   second")
     assert stop.value.code == code
     assert capsys.readouterr().err == "error: first second\n"
 
 
 def test_ctrl_c_is_silent_and_has_code_130(capsys):
-    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+    with pytest.raises(SystemExit) as stop, runtime.exit_on_error():
         raise KeyboardInterrupt
     assert stop.value.code == 130
     assert capsys.readouterr() == ("", "")
@@ -187,41 +235,45 @@ def test_ctrl_c_is_silent_and_has_code_130(capsys):
 @pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError, RuntimeError, AssertionError])
 def test_other_errors_keep_their_traceback(capsys, kind):
     error = kind("unexpected")
-    with pytest.raises(kind) as raised, common.exit_on_error():
+    with pytest.raises(kind) as raised, runtime.exit_on_error():
         raise error
     assert raised.value is error
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_exit_keeps_its_code():
-    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+    with pytest.raises(SystemExit) as stop, runtime.exit_on_error():
         sys.exit(143)
     assert stop.value.code == 143
-    with common.exit_on_error():
+    with runtime.exit_on_error():
         pass
 
 
 def test_an_error_can_be_explained_in_one_line():
-    with common.explain("no luck", ValueError):
+    with runtime.explain("no luck", ValueError):
         pass
     with (
-        pytest.raises(common.UserError, match=r"^no luck: ValueError: first second$"),
-        common.explain("no luck", KeyError, ValueError),
+        pytest.raises(runtime.UserError, match=r"^no luck: ValueError: first second$"),
+        runtime.explain("no luck", KeyError, ValueError),
     ):
         raise ValueError("first\n  second")
-    with pytest.raises(ZeroDivisionError), common.explain("no luck", ValueError):
+    with pytest.raises(ZeroDivisionError), runtime.explain("no luck", ValueError):
         _ = 1 / 0
 
 
 # Optimizer step
-def test_opt_step_clips_by_the_global_norm_and_says_what_it_was():
+per_script = pytest.mark.parametrize("script", SCRIPTS, ids=["dreamerv1", "dreamerv2"])
+
+
+@per_script
+def test_opt_step_clips_by_the_global_norm_and_says_what_it_was(script):
     weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     target = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0, 12.0])]
 
     def step(clip):
         loss = -sum((w * t).sum() for w, t in zip(weights, target, strict=True))
-        return common.opt_step(optimizer, loss, clip)
+        return script.opt_step(optimizer, loss, clip)
 
     assert step(6.5).item() == pytest.approx(13)
     for weight, t in zip(weights, target, strict=True):
@@ -231,22 +283,24 @@ def test_opt_step_clips_by_the_global_norm_and_says_what_it_was():
         torch.testing.assert_close(weight.detach(), t * 1.5)
 
 
-def test_opt_step_moves_only_the_parameters_of_its_optimizer():
+@per_script
+def test_opt_step_moves_only_the_parameters_of_its_optimizer(script):
     mine, other = nn.Linear(3, 2), nn.Linear(2, 1)
     optimizer = torch.optim.SGD(mine.parameters(), lr=1.0)
     before = {k: v.clone() for k, v in other.state_dict().items()}
     old = mine.weight.detach().clone()
-    common.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
+    script.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
     assert not mine.weight.equal(old)
     for key, value in other.state_dict().items():
         assert value.equal(before[key])
 
 
-def test_gradients_flow_through_another_module_and_leave_nothing_there():
+@per_script
+def test_gradients_flow_through_another_module_and_leave_nothing_there(script):
     mine, other = nn.Linear(3, 2), nn.Linear(2, 1)
     optimizer = torch.optim.SGD(mine.parameters(), lr=1.0)
     old = mine.weight.detach().clone()
-    norm = common.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
+    norm = script.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
     step = 5 * other.weight.detach().T  # (2, 1), of 5 rows of ones
     torch.testing.assert_close(old - mine.weight.detach(), step.expand(2, 3))
     torch.testing.assert_close(norm, step.expand(2, 4).norm())  # with the bias
@@ -256,30 +310,32 @@ def test_gradients_flow_through_another_module_and_leave_nothing_there():
     gradients = [torch.full_like(p, 7.0) for p in other.parameters()]  # of a step of its own
     for parameter, gradient in zip(other.parameters(), gradients, strict=True):
         parameter.grad = gradient.clone()
-    common.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
+    script.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
     for parameter, gradient in zip(other.parameters(), gradients, strict=True):
         assert parameter.grad.equal(gradient)
 
 
-def test_a_parameter_that_requires_no_gradient_stays_as_it_is():
+@per_script
+def test_a_parameter_that_requires_no_gradient_stays_as_it_is(script):
     mine = nn.Linear(3, 2)
     mine.weight.requires_grad_(False)
     optimizer = torch.optim.AdamW(mine.parameters(), lr=1.0, weight_decay=0.5)
     weight, bias = (p.detach().clone() for p in mine.parameters())
-    norm = common.opt_step(optimizer, mine(torch.ones(5, 3)).sum(), 100.0)
+    norm = script.opt_step(optimizer, mine(torch.ones(5, 3)).sum(), 100.0)
     assert mine.weight.equal(weight)
     assert mine.weight.grad is None
     assert not mine.bias.equal(bias)
     assert norm.item() == pytest.approx(np.sqrt(2 * 5**2))  # of the bias alone
     mine.weight.requires_grad_(True)
-    common.opt_step(optimizer, mine(torch.ones(5, 3)).sum(), 100.0)
+    script.opt_step(optimizer, mine(torch.ones(5, 3)).sum(), 100.0)
     assert not mine.weight.equal(weight)
 
 
-def test_a_parameter_that_the_loss_does_not_reach_stays_as_it_is():
+@per_script
+def test_a_parameter_that_the_loss_does_not_reach_stays_as_it_is(script):
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([used, unused], lr=1.0, weight_decay=0.5)
-    common.opt_step(optimizer, used.sum(), 100.0)
+    script.opt_step(optimizer, used.sum(), 100.0)
     assert used.max() < 1
     assert unused.tolist() == [1, 1]
 
@@ -287,7 +343,7 @@ def test_a_parameter_that_the_loss_does_not_reach_stays_as_it_is():
 @pytest.mark.parametrize("enabled", [True, False])
 def test_without_a_gpu_a_captured_function_is_called_each_time_with_rows_as_tensors(enabled):
     calls = []
-    captured = common.Captured(lambda *x: calls.append(x) or x, torch.device("cpu"), enabled)
+    captured = runtime.Captured(lambda *x: calls.append(x) or x, torch.device("cpu"), enabled)
     for i in range(6):
         row = {"vector": np.full((2, 3), i, np.float32), "is_first": np.arange(2) == i}
         given, state = captured(row, {"deter": torch.full((2, 1), i)})
@@ -298,38 +354,80 @@ def test_without_a_gpu_a_captured_function_is_called_each_time_with_rows_as_tens
         assert state["deter"].tolist() == [[i]] * 2
 
 
-def test_the_finite_guard_names_the_first_update_and_its_bad_losses():
-    guard = common.FiniteGuard()
-    assert guard.check() == {}
+# Metrics
+def test_metrics_name_the_first_update_and_its_losses_that_are_not_finite():
+    metrics = runtime.Metrics()
+    assert metrics.names == []
+    assert metrics.read() == {}
     good = {k: torch.tensor(1.0) for k in ("image", "kl", "actor")}
     for updates in range(3):
-        guard.watch(updates, good)
-    guard.check()
+        metrics.record(good, updates)
+    assert metrics.read() == dict.fromkeys(good, 1.0)
     nan, inf = torch.tensor(float("nan")), torch.tensor(-float("inf"))
-    guard.watch(3, good | {"kl": nan, "actor": inf})
-    guard.watch(4, dict.fromkeys(good, nan))
-    guard.watch(5, good)
-    with pytest.raises(FloatingPointError, match=r"^not finite at update 3: kl, actor$"):
-        guard.check()
+    metrics.record(good | {"kl": nan, "actor": inf}, 3)
+    metrics.record(dict.fromkeys(good, nan), 4)
+    metrics.record(good, 5)
+    for read in (metrics.read, metrics.state_dict):
+        with pytest.raises(FloatingPointError, match=r"^not finite at update 3: kl, actor$"):
+            read()
 
 
-def test_the_finite_guard_tells_the_values_of_the_last_update_as_they_were_then():
-    guard, kl = common.FiniteGuard(), torch.tensor(0.5)
-    guard.watch(0, {"kl": torch.tensor(9.0), "image": torch.tensor(8.0)})
-    guard.watch(1, {"kl": kl, "image": torch.tensor(-2.0)})
+def test_metrics_tell_the_values_of_the_last_update_as_they_were_then():
+    metrics = runtime.Metrics()
+    kl = torch.tensor(0.5)
+    metrics.record({"kl": torch.tensor(9.0), "image": torch.tensor(8.0)}, 0)
+    metrics.record({"kl": kl, "image": torch.tensor(-2.0)}, 1)
     kl.fill_(7.0)  # as a CUDA graph writes its next outputs over the last ones
-    values = guard.check()
+    values = metrics.read()
     assert values == {"kl": 0.5, "image": -2.0}
     assert {type(value) for value in values.values()} == {float}
 
 
-def test_the_finite_guard_sees_the_very_first_update():
-    guard = common.FiniteGuard()
-    guard.watch(0, {"kl": torch.tensor(float("inf")), "image": torch.tensor(0.0)})
+def test_metrics_see_the_very_first_update():
+    metrics = runtime.Metrics()
+    metrics.record({"kl": torch.tensor(float("inf")), "image": torch.tensor(0.0)}, 0)
     with pytest.raises(FloatingPointError, match=r"update 0: kl$"):
-        guard.check()
+        metrics.read()
 
 
+def test_metrics_come_back_from_a_checkpoint_as_they_were(tmp_path):
+    metrics = runtime.Metrics()
+    metrics.record({"kl": torch.tensor(0.1), "image": torch.tensor(-2e30)}, 8)
+    runtime.save_checkpoint(tmp_path, {"metrics": metrics}, {})
+    again = runtime.Metrics()
+    runtime.load_checkpoint(tmp_path, {"metrics": again})
+    assert again.names == ["kl", "image"]
+    assert again.read() == metrics.read()
+    again.record({"kl": torch.tensor(0.25), "image": torch.tensor(1.0)}, 9)
+    assert again.read() == {"kl": 0.25, "image": 1.0}
+    again.record({"kl": torch.tensor(0.25), "image": torch.tensor(torch.nan)}, 10)
+    with pytest.raises(FloatingPointError, match=r"update 10: image$"):
+        again.read()
+
+
+def test_metrics_of_no_update_come_back_as_none(tmp_path):
+    runtime.save_checkpoint(tmp_path, {"metrics": runtime.Metrics()}, {})
+    again = runtime.Metrics()
+    runtime.load_checkpoint(tmp_path, {"metrics": again})
+    assert again.names == []
+    assert again.read() == {}
+    again.record({"kl": torch.tensor(0.25)}, 0)
+    assert again.read() == {"kl": 0.25}
+
+
+def test_a_run_that_diverged_writes_no_checkpoint(tmp_path):
+    metrics = runtime.Metrics()
+    metrics.record({"kl": torch.tensor(1.0)}, 0)
+    runtime.save_checkpoint(tmp_path, {"metrics": metrics}, {"updates": 1})
+    before = contents(tmp_path)
+    metrics.record({"kl": torch.tensor(torch.nan)}, 1)
+    with pytest.raises(FloatingPointError, match=r"^not finite at update 1: kl$"):
+        runtime.save_checkpoint(tmp_path, {"metrics": metrics}, {"updates": 2})
+    assert contents(tmp_path) == before
+    assert runtime.load_checkpoint(tmp_path, {"metrics": runtime.Metrics()}) == {"updates": 1}
+
+
+# Devices and random numbers
 @pytest.fixture
 def settings():
     """Puts back what setup sets for the whole process."""
@@ -343,7 +441,7 @@ def settings():
 
 
 def setup(seed):
-    return common.setup(seed, cuda=False, deterministic=False, threads=1)
+    return runtime.setup(seed, cuda=False, deterministic=False, threads=1)
 
 
 def test_setup_seeds_torch(settings):
@@ -368,18 +466,88 @@ def test_after_setup_distributions_take_their_parameters_unchecked(settings):
 def test_the_state_of_torchs_generator_comes_back_from_a_checkpoint(tmp_path, settings):
     setup(7)
     torch.randn(3)
-    common.save_checkpoint(tmp_path, {}, {})
+    runtime.save_checkpoint(tmp_path, {}, {})
     undisturbed = [torch.randn(3).tolist() for _ in range(3)]
     setup(8)
-    common.load_checkpoint(tmp_path, {})
+    runtime.load_checkpoint(tmp_path, {})
     assert [torch.randn(3).tolist() for _ in range(3)] == undisturbed
 
 
-# When
+def draws_in_a_fork(*key):
+    with runtime.forked_rng(*key):
+        return torch.rand(4).tolist()
+
+
+def test_a_fork_leaves_the_draws_outside_unchanged(settings):
+    setup(7)
+    undisturbed = [torch.rand(3).tolist() for _ in range(4)]
+    setup(7)
+    disturbed = [torch.rand(3).tolist()]
+    draws_in_a_fork("acting", 7, 0)
+    disturbed.append(torch.rand(3).tolist())
+    with pytest.raises(ZeroDivisionError), runtime.forked_rng("acting", 7, 1):
+        _ = torch.rand(9) / (1 // 0)
+    disturbed.append(torch.rand(3).tolist())
+    with runtime.forked_rng("evaluation", 7):
+        torch.manual_seed(0)
+    disturbed.append(torch.rand(3).tolist())
+    assert disturbed == undisturbed
+
+
+def test_draws_in_a_fork_follow_from_its_key_alone(settings):
+    setup(7)
+    first = draws_in_a_fork("acting", 7, 0)
+    setup(8)
+    torch.rand(3)
+    assert draws_in_a_fork("acting", 7, 0) == first
+    others = [("acting", 7, 1), ("acting", 8, 0), ("video", 7, 0), ("acting", 70), ("acting", 7)]
+    for key in others:
+        assert not set(draws_in_a_fork(*key)) & set(first)
+
+
+def test_a_fork_in_a_fork_leaves_the_outer_one_unchanged(settings):
+    first = draws_in_a_fork("acting", 7, 0)
+    with runtime.forked_rng("acting", 7, 0):
+        draws = torch.rand(2).tolist()
+        draws_in_a_fork("evaluation", 7)
+        draws += torch.rand(2).tolist()
+    assert draws == first
+
+
+def test_a_seed_follows_from_its_key_and_the_process(settings, monkeypatch):
+    seeds = []
+    draws = []
+    for rank in range(3):
+        monkeypatch.setattr(runtime, "RANK", rank)
+        keys = [("acting", 1, 2), ("acting", 12), ("acting", 1, 3), ("video", 1, 2), ("acting",)]
+        seeds += [runtime.seed_of(*key) for key in keys]
+        assert [runtime.seed_of(*key) for key in keys] == seeds[-len(keys) :]
+        draws += draws_in_a_fork("acting", 1, 2)
+        runtime.seed_process(1)
+        draws += torch.rand(4).tolist()
+    assert len(set(seeds)) == len(seeds) == 15
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len(set(draws)) == len(draws) == 24
+
+
+def test_a_process_has_the_same_noise_in_each_run_of_a_seed(settings):
+    draws = []
+    for seed in (1, 1, 2):
+        torch.rand(3)
+        runtime.seed_process(seed)
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1]
+    assert not set(draws[0]) & set(draws[2])
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert runtime.seed_of("acting", 1, 2) == 2013912898257820372
+
+
 def test_memory_that_was_freed_is_used_again_without_page_faults():
     code = """
-import resource, torch, common
-common.setup(1, False, False, 1)
+import resource, torch, runtime
+runtime.setup(1, False, False, 1)
 faults = []
 for _ in range(20):
     torch.ones(50 * 2**20 // 4)  # 12,800 pages
@@ -392,20 +560,7 @@ print(faults[-1] - faults[10])
     assert int(result.stdout) < 100
 
 
-@pytest.mark.parametrize(("before", "after", "every", "expected"), [
-    (0, 4, 10, False), (6, 10, 10, True), (10, 14, 10, False), (8, 12, 10, True),
-    (8, 45, 10, True), (0, 0, 10, False), (0, 100, 0, False), (9, 10, 1, True),
-])  # fmt: skip
-def test_crossed_says_whether_a_multiple_lies_between(before, after, every, expected):
-    assert common.crossed(before, after, every) is expected
-
-
-def test_crossed_is_true_once_per_multiple_whatever_the_step():
-    frames = range(0, 1000, 12)
-    hits = sum(common.crossed(a, b, 50) for a, b in pairwise(frames))
-    assert hits == frames[-1] // 50
-
-
+# Interrupts
 @pytest.fixture
 def handlers():
     """Puts the handlers of signals back."""
@@ -417,7 +572,7 @@ def handlers():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(handlers, number, code):
-    with common.Interrupt() as interrupt:
+    with runtime.Interrupt() as interrupt:
         assert interrupt.code == 0
         signal.raise_signal(number)
         assert interrupt.agreed() == interrupt.code == code
@@ -426,20 +581,20 @@ def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(handlers, numbe
 
 
 def test_a_failed_environment_ends_the_loop_with_a_line_and_code_1(handlers, capsys):
-    with common.Interrupt() as interrupt:
+    with runtime.Interrupt() as interrupt:
         raise ChildProcessError("environment 3 failed")
     assert interrupt.code == 1
     assert capsys.readouterr().err == "error: environment 3 failed\n"
-    with common.Interrupt() as interrupt:
+    with runtime.Interrupt() as interrupt:
         pass
     assert interrupt.code == 0
-    for kind in (common.UserError, ZeroDivisionError):
-        with pytest.raises(kind), common.Interrupt():
+    for kind in (runtime.UserError, ZeroDivisionError, KeyboardInterrupt):
+        with pytest.raises(kind), runtime.Interrupt():
             raise kind
 
 
 def test_a_signal_that_ends_the_processes_of_environments_too_keeps_its_code(handlers, capsys):
-    with common.Interrupt() as interrupt:
+    with runtime.Interrupt() as interrupt:
         signal.raise_signal(signal.SIGTERM)
         raise ChildProcessError("its process died")
     assert interrupt.code == 143
@@ -450,32 +605,102 @@ def test_a_signal_that_ends_the_processes_of_environments_too_keeps_its_code(han
 def disk_with(monkeypatch, free):
     """Lets the disk have so many free bytes."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: usage(2**40, 0, free))
+    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path: usage(2**40, 0, free))
 
 
 def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = asdict(Args(env_id="ALE/Pong-v5", exp_name="mine", seed=4))
-    run = common.new_run(args, 0.0)
-    log = common.Logger(run, args)
-    for closing in (log.bar, log.file, log.writer):
-        closing.close()
+    run, is_new = runtime.open_run(args, 0)
+    runtime.Logger(run, args).close()
+    assert is_new
     assert run.parent == Path("runs")
     assert run.name.split("__")[:3] == ["ALE-Pong-v5", "mine", "4"]
     assert run.name.split("__")[3].isdigit()
+    assert (run / "replay").is_dir()
     assert yaml.safe_load((run / "args.yaml").read_text()) == args
     assert list(yaml.safe_load((run / "args.yaml").read_text())) == list(args)  # in their order
     assert asdict(parse(f"--evaluate {run}")) == args | {"evaluate": str(run)}
-    assert "/" not in common.new_run(args | {"env_id": "module:a/B-v0"}, 0.0).name
+    assert "/" not in runtime.open_run(args | {"env_id": "module:a/B-v0"}, 0)[0].name
 
 
 def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(tmp_path, monkeypatch):
     disk_with(monkeypatch, 3 * 2**30)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(common.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
-        common.new_run(asdict(Args()), 4.0)
+    for resume in ("", "mine"):
+        args = asdict(Args(resume=resume))
+        with pytest.raises(runtime.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
+            runtime.open_run(args, 4 * 2**30)
+        assert not list(tmp_path.iterdir())
+    assert runtime.open_run(asdict(Args()), 2.9 * 2**30)[0].exists()
+
+
+def test_all_processes_need_their_room_on_the_disk(tmp_path, monkeypatch):
+    disk_with(monkeypatch, 3 * 2**30)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "WORLD", 2)
+    monkeypatch.setattr(runtime, "all_gather", lambda value: [value, value])
+    with pytest.raises(runtime.UserError, match=r"4\.0 GiB of 3\.0 free"):
+        runtime.open_run(asdict(Args()), 2 * 2**30)
     assert not list(tmp_path.iterdir())
-    assert common.new_run(asdict(Args()), 2.9).exists()
+
+
+@pytest.mark.parametrize("folder", ["mine", "a/b c/mine", "empty", "absolute"])
+def test_a_run_begins_in_a_folder_that_is_missing_or_empty(tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    if folder == "empty":
+        Path(folder).mkdir()
+    if folder == "absolute":
+        folder = str(tmp_path / folder)
+    flags = ["--resume", folder, "--env-id", "CartPole-v1", "--seed", "6"]
+    args = runtime.parse_args(Args, PRESETS, common.choose_preset, flags)
+    preset = {"lr": 0.4, "num_envs": 5}
+    expected = asdict(Args(env_id="CartPole-v1", seed=6)) | preset
+    assert asdict(args) == expected | {"resume": folder}
+    assert capsys.readouterr() == ("", "")
+    assert not Path(folder).exists() or not contents(Path(folder))
+
+    run, is_new = runtime.open_run(asdict(args), 0)
+    assert (run, is_new) == (Path(folder), True)
+    assert capsys.readouterr().out == f"a new run begins in {folder}\n"
+    assert contents(run).keys() == {"args.yaml", "replay"}
+    assert yaml.safe_load((run / "args.yaml").read_text()) == expected
+    assert not Path("runs").exists()
+
+
+def test_the_run_that_began_in_a_folder_goes_on_with_the_same_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = "--resume mine --env-id CartPole-v1 --lr 0.7"
+    first = parse(line)
+    runtime.open_run(asdict(first), 0)
+    saved(Path("mine"), 1)
+    before = contents(Path("mine"))
+    capsys.readouterr()
+    assert asdict(parse(line)) == asdict(parse("--resume mine")) == asdict(first)
+    assert runtime.open_run(asdict(first), 2**60) == (Path("mine"), False)  # it has its replay
+    assert capsys.readouterr().out == "the run in mine goes on\n"
+    assert contents(Path("mine")) == before
+    with pytest.raises(runtime.UserError, match="--lr cannot change in a run that exists"):
+        parse("--resume mine --lr 0.8")
+
+
+@pytest.mark.parametrize("entry", ["notes.txt", ".hidden", "replay/", "a/b/"])
+def test_no_run_begins_in_a_folder_with_other_contents(tmp_path, entry):
+    path = tmp_path / entry
+    if entry.endswith("/"):
+        path.mkdir(parents=True)
+    else:
+        path.write_text("mine")
+    before = contents(tmp_path)
+    refused(tmp_path, f"^{tmp_path} is no run folder of this script: FileNotFoundError")
+    assert contents(tmp_path) == before
+
+
+def test_no_run_begins_where_a_file_is(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    refused(path, "notes.txt is no run folder of this script: NotADirectoryError")
+    assert path.read_text() == "mine"
 
 
 def test_tracking_without_its_package_is_a_user_error_before_there_is_a_run(tmp_path, monkeypatch):
@@ -483,7 +708,7 @@ def test_tracking_without_its_package_is_a_user_error_before_there_is_a_run(tmp_
     args = asdict(Args(env_id="CartPole-v1"))
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(args))
     for line in ("--env-id CartPole-v1", f"--resume {tmp_path}"):
-        with pytest.raises(common.UserError, match=r"^--track needs pip install wandb: "):
+        with pytest.raises(runtime.UserError, match=r"^--track needs pip install wandb: "):
             parse(f"{line} --track")
         assert not parse(line).track
 
@@ -491,13 +716,16 @@ def test_tracking_without_its_package_is_a_user_error_before_there_is_a_run(tmp_
 def refused(run, match):
     """Both ways to go on with the run are refused, in one line."""
     for flag in ("resume", "evaluate"):
-        with pytest.raises(common.UserError, match=match) as error:
+        with pytest.raises(runtime.UserError, match=match) as error:
             parse(f"--{flag} {run}")
         assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_no_run_is_a_user_error(tmp_path, run):
-    refused(tmp_path / "nowhere", "nowhere is no run folder of this script: FileNotFoundError")
+    with pytest.raises(
+        runtime.UserError, match="nowhere is no run folder of this script: FileNotFoundError"
+    ):
+        parse(f"--evaluate {tmp_path / 'nowhere'}")
     refused(run / "args.yaml", "args.yaml is no run folder of this script")  # a file
     for content in (b"a: [1", b"\xff\xfe\xfa", b"a: \x00"):
         (run / "args.yaml").write_bytes(content)
@@ -539,49 +767,77 @@ def test_args_yaml_executes_nothing(run):
 
 # Checkpoints
 class Part:
-    """Something that has a state, a number."""
+    """Something that has a state: a number and as many weights as asked for, each that number."""
 
-    def __init__(self, number=None):
+    def __init__(self, number=None, size=1000):
         self.number = number
+        self.weights = torch.full((size,), float(number or 0))
 
     def state_dict(self):
-        return {"number": self.number}
+        return {"number": self.number, "weights": self.weights}
 
     def load_state_dict(self, state):
         self.number = state["number"]
+        self.weights = state["weights"]
 
 
 def saved(run, *numbers, size=1000):
     """The folder after a checkpoint with each of the numbers."""
     for number in numbers:
-        weights = torch.full((size,), float(number))
-        common.save_checkpoint(run, {"part": Part(number)}, {"weights": weights})
+        runtime.save_checkpoint(run, {"part": Part(number, size)}, {"step": number})
     return run
 
 
 def loaded(run):
     """The number of the checkpoint that a resumed run takes."""
-    state = common.load_checkpoint(run, {"part": (part := Part())})
-    assert set(state["weights"].tolist()) == {float(part.number)}
-    assert state["part"] == {"number": part.number}
+    part = Part()
+    counters = runtime.load_checkpoint(run, {"part": part})
+    assert counters == {"step": part.number}
+    assert set(part.weights.tolist()) == {float(part.number)}
     return part.number
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     def make():
         model = nn.Linear(3, 2)
-        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+        optimizers = {
+            "model": torch.optim.AdamW(model.parameters(), lr=0.1),
+            "bias": torch.optim.Adam([model.bias], lr=0.2),
+        }
+        return {"model": model, "optimizers": optimizers, "replay": Part(3)}
 
-    parts, same = make(), make()
-    common.opt_step(parts["optimizer"], parts["model"](torch.ones(5, 3)).sum(), 100.0)
-    rng = np.random.default_rng(0).bit_generator.state
-    more = {"counters": (3, [1, 2], 1.5), "replay": rng, "metrics": {"kl": torch.tensor(2.0)}}
-    common.save_checkpoint(tmp_path, parts, more)
+    parts = make()
+    for optimizer in parts["optimizers"].values():
+        dreamerv2.opt_step(optimizer, parts["model"](torch.ones(5, 3)).sum(), 100.0)
+    counters = {"step": 3, "updates": 2, "last_report": 12}
+    runtime.save_checkpoint(tmp_path, parts, counters)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    state = common.load_checkpoint(tmp_path, same)
-    assert {key: state[key] for key in more} == more
-    for key, part in parts.items():
-        torch.testing.assert_close(same[key].state_dict(), part.state_dict())
+    same = make()
+    same["replay"].number = None
+    assert runtime.load_checkpoint(tmp_path, same) == counters
+    assert same["replay"].number == 3
+    assert same["model"].state_dict().keys() == parts["model"].state_dict().keys()
+    for key, value in parts["model"].state_dict().items():
+        assert same["model"].state_dict()[key].equal(value)
+    for name, optimizer in parts["optimizers"].items():
+        assert optimizer.state_dict()["state"]
+        torch.testing.assert_close(
+            same["optimizers"][name].state_dict(), optimizer.state_dict(), rtol=0, atol=0
+        )
+
+
+def test_a_checkpoint_holds_counters_generators_parts_and_what_each_process_has(tmp_path):
+    parts = {"agent": Part(1), "optimizers": {"actor": Part(2), "critic": Part(3)}}
+    runtime.save_checkpoint(tmp_path, parts | {"replay": Part(4), "envs": Part(5)}, {"step": 6})
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    own = {"generators", "replay", "envs"}
+    assert saved.keys() == {"counters", "agent", "optimizers", "ranks"} | own
+    assert saved["counters"] == {"step": 6}
+    numbers = {name: state["number"] for name, state in saved["optimizers"].items()}
+    assert numbers == {"actor": 2, "critic": 3}
+    [rank] = saved["ranks"]
+    assert rank.keys() == own
+    assert rank["envs"]["number"] == saved["envs"]["number"] == 5
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
@@ -617,22 +873,24 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(tmp_path, caps
 
 def test_a_checkpoint_of_other_parts_is_not_taken(tmp_path, capsys):
     parts = {"model": nn.Linear(3, 2)}
-    common.save_checkpoint(tmp_path, parts, {})
-    common.save_checkpoint(tmp_path, {"model": nn.Linear(3, 4)}, {})
-    common.load_checkpoint(tmp_path, same := {"model": nn.Linear(3, 2)})
+    same = {"model": nn.Linear(3, 2)}
+    runtime.save_checkpoint(tmp_path, parts, {"step": 1})
+    runtime.save_checkpoint(tmp_path, {"model": nn.Linear(3, 4)}, {"step": 2})
+    assert runtime.load_checkpoint(tmp_path, same) == {"step": 1}
     assert same["model"].weight.equal(parts["model"].weight)
     assert "cannot be used" in capsys.readouterr().err
-    for state in ({}, {"weights": 3}):  # a part is missing
+    for others in ({}, {"part": Part(3)}):  # a part is missing
         (tmp_path / "checkpoint.old.pt").unlink(missing_ok=True)
-        common.save_checkpoint(tmp_path, {}, state)
-    with pytest.raises(common.UserError, match="no checkpoint can be read"):
-        common.load_checkpoint(tmp_path, same)
+        runtime.save_checkpoint(tmp_path, others, {"step": 3})
+    with pytest.raises(runtime.UserError, match="no checkpoint can be read"):
+        runtime.load_checkpoint(tmp_path, same)
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_crash_between_the_renames_leaves_a_usable_checkpoint(tmp_path, monkeypatch, renames):
     saved(tmp_path, 1, 2)
-    rename, done = Path.replace, []
+    rename = Path.replace
+    done = []
 
     def crashing(path, target):
         if len(done) == renames:
@@ -647,10 +905,6 @@ def test_a_crash_between_the_renames_leaves_a_usable_checkpoint(tmp_path, monkey
     assert loaded(tmp_path) == (3 if renames else 2)
     assert loaded(saved(tmp_path, 4)) == 4
     assert not (tmp_path / "checkpoint.new.pt").exists()
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_state_that_cannot_be_serialised_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -669,7 +923,8 @@ def test_a_state_that_cannot_be_serialised_leaves_the_folder_as_it_was(tmp_path,
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
     saved(tmp_path, 1)
-    sync, synced = os.fsync, []
+    sync = os.fsync
+    synced = []
 
     def noting(file):
         assert os.path.samestat(os.fstat(file), (tmp_path / "checkpoint.new.pt").stat())
@@ -693,27 +948,27 @@ class Malicious:
 def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path, save):
     with open(tmp_path / "checkpoint.pt", "wb") as file:
         save({"part": Malicious(str(tmp_path / "pwned"))}, file)
-    with pytest.raises(common.UserError, match="no checkpoint can be read"):
+    with pytest.raises(runtime.UserError, match="no checkpoint can be read"):
         loaded(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("damage", DAMAGE[1:])
 def test_without_any_whole_checkpoint_there_is_a_user_error(tmp_path, damage):
-    with pytest.raises(common.UserError, match=f"no checkpoint can be read in {tmp_path}"):
+    with pytest.raises(runtime.UserError, match=f"no checkpoint can be read in {tmp_path}"):
         loaded(tmp_path)
     saved(tmp_path, 1, 2)
     (tmp_path / "checkpoint.new.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes())
     for path in tmp_path.iterdir():
         path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(common.UserError, match=f"no checkpoint can be read in {tmp_path}"):
+    with pytest.raises(runtime.UserError, match=f"no checkpoint can be read in {tmp_path}"):
         loaded(tmp_path)
 
 
 # A full disk
 def full_disk(function, capsys, message="[Errno 28] No space left on device"):
     """Runs it as a script would; it must exit with code 1 and the message in one line."""
-    with pytest.raises(SystemExit) as stop, common.exit_on_error():
+    with pytest.raises(SystemExit) as stop, runtime.exit_on_error():
         function()
     assert stop.value.code == 1
     lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)]
@@ -760,15 +1015,15 @@ def test_a_disk_that_fails_to_sync_a_checkpoint_leaves_the_last_one(
 # Logs
 @pytest.fixture
 def logger(run):
-    logger = common.Logger(run, asdict(Args(total_frames=40)))
+    logger = runtime.Logger(run, asdict(Args(total_frames=40)))
     yield logger
-    close(logger)
+    logger.close()
 
 
 @needs_full
 @pytest.mark.parametrize("sink", ["metrics.jsonl", "TensorBoard"])
 def test_a_full_disk_at_a_log_is_one_line(run, capsys, sink):
-    logger = common.Logger(run, asdict(Args(total_frames=40)))
+    logger = runtime.Logger(run, asdict(Args(total_frames=40)))
 
     def log():
         for frames in range(100):  # TensorBoard writes in a thread of its own
@@ -834,10 +1089,11 @@ def test_the_progress_bar_shows_the_return_of_the_last_episode_and_nothing_else(
 
 def resumed_log(run, size):
     """Goes on with the log of a checkpoint at frame 8 and adds a row -> its lines."""
-    again = common.Logger(run, asdict(Args(total_frames=40)), 8, 1000.0, size)
+    again = runtime.Logger(run, asdict(Args(total_frames=40)))
+    again.load_state_dict({"frames": 8, "seconds": 1000.0, "bytes": size})
     again.log({"losses/kl": 2.0}, 12, 3)
     assert again.bar.n == 8
-    close(again)
+    again.close()
     return (run / "metrics.jsonl").read_bytes().splitlines()
 
 
@@ -848,6 +1104,67 @@ def test_a_resumed_log_goes_on_where_it_was(run, logger):
     assert 1000 <= rows(run)[1]["seconds"] < 1060
     logger.writer.flush()
     assert [point.step for point in events(run).Scalars("losses/kl")] == [8, 12]
+
+
+def test_a_log_comes_back_from_a_checkpoint_as_it_was(run, logger):
+    logger.began -= 1000  # seconds that it took
+    logger.progress(8)
+    logger.log({"losses/kl": 1.0}, 8, 2)
+    runtime.save_checkpoint(run, {"logger": logger}, {})
+    state = logger.state_dict()
+    size = (run / "metrics.jsonl").stat().st_size
+    assert (state["frames"], state["bytes"]) == (8, size)
+    assert 1000 <= state["seconds"] < 1060
+    for frames in (12, 16):
+        logger.progress(frames)
+        logger.log({"losses/kl": 9.0}, frames, 3)
+    logger.writer.flush()
+
+    again = runtime.Logger(run, asdict(Args(total_frames=40)))
+    runtime.load_checkpoint(run, {"logger": again})
+    assert again.state_dict() == state | {"seconds": pytest.approx(state["seconds"], abs=60)}
+    assert again.bar.n == 8
+    again.progress(12)
+    assert again.bar.n == again.frames == 12
+    again.log({"losses/kl": 2.0}, 12, 3)
+    again.close()
+    assert [(row["frames"], row["losses/kl"]) for row in rows(run)] == [(8, 1.0), (12, 2.0)]
+    shown = [(e.step, e.value) for e in events(run).Scalars("losses/kl")]
+    assert shown == [(8, 1.0), (12, 2.0)]
+
+
+def test_a_log_of_a_checkpoint_before_the_first_row_is_empty(run, logger):
+    state = logger.state_dict()
+    assert (state["frames"], state["bytes"]) == (0, 0)
+    logger.log({"losses/kl": 1.0}, 8, 2)
+    again = runtime.Logger(run, asdict(Args(total_frames=40)))
+    again.load_state_dict(state)
+    again.close()
+    assert rows(run) == []
+
+
+def test_the_progress_bar_shows_the_frames(logger):
+    for frames in (0, 8, 8, 12):
+        logger.progress(frames)
+        assert logger.bar.n == frames
+    assert logger.bar.total == 40
+
+
+def test_other_processes_than_the_first_log_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "RANK", 1)
+    args = asdict(Args(total_frames=40)) | {"track": True}
+    logger = runtime.Logger(tmp_path, args)
+    logger.log({"losses/model": 1.0}, 8, 2)
+    logger.gif("eval/episode", np.zeros((2, 8, 8), np.uint8), 8)
+    logger.progress(8)
+    state = logger.state_dict()
+    again = runtime.Logger(tmp_path, args)
+    again.load_state_dict(state)
+    assert again.state_dict()["frames"] == 8
+    for closing in (logger, again):
+        closing.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("after", [
@@ -867,7 +1184,8 @@ def test_rows_and_rubbish_from_after_the_checkpoint_are_cut_off(run, logger, aft
 def test_a_log_that_has_lost_rows_of_the_checkpoint_goes_on(run, logger, content):
     for frames in range(1, 9):
         logger.log({"losses/kl": 1.0}, frames, 2)
-    path, size = run / "metrics.jsonl", logger.file.tell()
+    path = run / "metrics.jsonl"
+    size = logger.file.tell()
     path.unlink() if content is None else path.write_bytes(content)
     resumed_log(run, size)
     assert [row["frames"] for row in rows(run)] == ([8, 12] if content else [12])
@@ -884,15 +1202,16 @@ def test_broken_bytes_from_before_the_checkpoint_stop_no_resumed_run(run, logger
 
 @pytest.mark.parametrize("before", [0.0, 90.0])
 def test_a_row_of_losses_has_the_speed_of_the_whole_run(run, monkeypatch, before):
-    logger = common.Logger(run, asdict(Args(total_frames=400)), 100, before)
+    logger = runtime.Logger(run, asdict(Args(total_frames=400)))
+    logger.load_state_dict({"frames": 100, "seconds": before, "bytes": 0})
     now = iter(logger.began + before + np.array([10.0, 13.0, 20.0, 30.0]))
     with monkeypatch.context() as patch:
-        patch.setattr(common, "time", SimpleNamespace(time=lambda: next(now)))
+        patch.setattr(runtime, "time", SimpleNamespace(time=lambda: next(now)))
         logger.log({"losses/model": 1.0}, 100, 10)
         logger.log({"charts/episodic_return": 1.0}, 200, 20)
         logger.log({"losses/model": 1.0}, 300, 30)
         logger.log({"losses/model": 1.0}, 300, 60)
-    close(logger)
+    logger.close()
     assert [row["seconds"] for row in rows(run)] == [before + t for t in (10, 13, 20, 30)]
     speeds = [(r.get("charts/SPS"), r.get("time/updates_per_second")) for r in rows(run)]
     wanted = [(frames / (before + t), updates / (before + t)) for frames, updates, t in (
@@ -904,10 +1223,11 @@ def test_a_row_of_losses_has_the_speed_of_the_whole_run(run, monkeypatch, before
 
 def test_tracking_logs_to_weights_and_biases(run, monkeypatch):
     track = {"track": True, "wandb_project_name": "some", "wandb_entity": None}
-    args, calls = asdict(Args(total_frames=40)) | track, []
+    args = asdict(Args(total_frames=40)) | track
+    calls = []
     init = SimpleNamespace(init=lambda **options: calls.append(options))
     monkeypatch.setitem(sys.modules, "wandb", init)
-    close(common.Logger(run, args))
+    runtime.Logger(run, args).close()
     where = {"project": "some", "entity": None, "name": run.name}
     assert calls == [{"config": args, "sync_tensorboard": True} | where]
 
@@ -933,7 +1253,7 @@ def test_a_video_is_in_the_run_folder_and_in_tensorboard(run, logger, shape):
 def test_a_tensor_is_filmed_with_the_videos_of_its_batch_side_by_side(tmp_path, channels):
     torch.manual_seed(0)
     video = torch.rand(4, 3, channels, 20, 30) * 1.4 - 0.2  # (T, B, C, H, W), beyond [0, 1] too
-    common.save_gif(tmp_path / "videos" / "some.gif", video)
+    runtime.save_gif(tmp_path / "videos" / "some.gif", video)
     with Image.open(tmp_path / "videos" / "some.gif") as image:
         assert (image.n_frames, image.size) == (4, (90, 20))
         image.seek(2)
@@ -945,4 +1265,3 @@ def test_a_tensor_is_filmed_with_the_videos_of_its_batch_side_by_side(tmp_path, 
     else:  # a GIF has 256 colors
         assert abs(frame - wanted).mean() < 40
         assert np.corrcoef(frame.ravel(), wanted.ravel())[0, 1] > 0.9
-

@@ -28,6 +28,7 @@ from processes import start
 from torch import nn
 
 import common
+import runtime
 from common import Replay
 
 ROOT = Path(__file__).parent.parent
@@ -92,17 +93,19 @@ def play(script, flags, cwd, root=ROOT):
     return SimpleNamespace(cwd=cwd, folder=folder, rows=metrics(folder), **vars(done))
 
 
+def parse(module, flags):
+    return runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, flags.split())
+
+
 def play_here(script, flags, code=0):
     """A whole run in this process and folder -> its rows of metrics."""
     module = importlib.import_module(Path(script).stem)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(SystemExit) as exit_:
-            module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
+        assert module.main(parse(module, flags)) == code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert exit_.value.code == code
     [folder] = Path("runs").iterdir()
     return metrics(folder)
 
@@ -112,9 +115,9 @@ def metrics(folder):
 
 
 def counters(folder):
-    """Agent steps and updates of the checkpoint, in which nothing but tensors and numbers lies."""
-    step, updates, *_ = torch.load(folder / "checkpoint.pt", weights_only=True)["counters"]
-    return step, updates
+    """Agent steps and updates of the checkpoint."""
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["counters"]
+    return saved["step"], saved["updates"]
 
 
 def without_clock(rows):
@@ -153,7 +156,7 @@ def copied(small, tmp_path):
 def mine(script, tmp_path_factory):
     """The same run by a copy of the script under another name."""
     root = tmp_path_factory.mktemp("mine")
-    for name in ("common.py", "distributed.py"):
+    for name in ("common.py", "runtime.py"):
         shutil.copy(ROOT / name, root)
     shutil.copy(ROOT / script, root / "mine.py")
     return play("mine.py", f"--env-id CartPole-v1 {SMALL[script]}", root, root)
@@ -229,75 +232,53 @@ SCHEDULES = {  # flags, random actions, updates after an agent step (of 2 frames
 }
 
 
-def in_this_process(monkeypatch):
-    """With --async-envs too, the environments are in this process, though in a thread."""
-    make_envs = common.make_envs
-    monkeypatch.setattr(common, "make_envs", lambda n, _=False, **kw: make_envs(n, **kw))
-
-
-@pytest.mark.parametrize("late", [0, 1], ids=["", "async-envs"])
 def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(
-    script, tmp_path, monkeypatch, late
+    script, tmp_path, monkeypatch
 ):
-    """With --async-envs, updates are made while the environments take the next step, if any."""
     flags, prefill, updates = SCHEDULES[script]
-    in_this_process(monkeypatch)
-    flags += " --async-envs" * late
-    played, random_actions = [], common.random_actions
-    monkeypatch.setattr(
-        common, "random_actions", lambda *args: played.append(1) or random_actions(*args)
-    )
+    played, random_actions = [], common.Envs.random_actions
+
+    def spy_random_actions(envs):
+        if envs.num_envs == 1:  # not the reset of an evaluation
+            played.append(1)
+        return random_actions(envs)
+
+    monkeypatch.setattr(common.Envs, "random_actions", spy_random_actions)
     monkeypatch.chdir(tmp_path)
     flags = f"--env-id Pendulum-v1 {SMALL[script]} --action-repeat 2 --total-frames 190 {flags}"
     rows = play_here(script, f"{flags} --log-every 1")
     assert len(played) == 1 + prefill  # the first step is the reset, which ignores it
     learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
-    wanted = {2 * step: updates(step - late) for step in range(prefill + late, 95)}
-    assert learnt == wanted | {190: updates(95)}  # none is missing at the end
+    assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
 
 
-@pytest.mark.parametrize("flag", ["", "--async-envs"])
-def test_async_environments_take_a_step_while_the_agent_learns(script, tmp_path, monkeypatch, flag):
+def test_a_turn_acts_then_learns_and_then_observes(script, tmp_path, monkeypatch):
     module = importlib.import_module(Path(script).stem)
-    policy, update, step_rows, add = module.policy, module.update, common.step_rows, Replay.add
-    events, threads, learnt = [], {3: set(), 2: set()}, threading.Event()
+    events = []
 
-    def spy_policy(agent, row, *args, **kwargs):
-        events.append("act" if len(row["reward"]) == 3 else "evaluate")
-        return policy(agent, row, *args, **kwargs)
+    def spy(owner, name, event):
+        function = getattr(owner, name)
 
-    def spy_update(*args, **kwargs):
-        events.append("learn")
-        learnt.set()
-        return update(*args, **kwargs)
+        def noting(*args, **kwargs):
+            envs = getattr(args[0], "num_envs", None)
+            if envs != 2:  # those of the evaluation
+                events.append(event)
+            return function(*args, **kwargs)
 
-    def spy_step_rows(envs, action, done):
-        threads[len(action)].add(threading.current_thread() is threading.main_thread())
-        if "act" in events:
-            assert learnt.wait(60)  # the first updates are made before this step ends
-        return step_rows(envs, action, done)
+        monkeypatch.setattr(owner, name, noting)
 
-    def spy_add(replay, row):
-        events.append("row")
-        add(replay, row)
-
-    in_this_process(monkeypatch)
-    monkeypatch.setattr(module, "policy", spy_policy)
-    monkeypatch.setattr(module, "update", spy_update)
-    monkeypatch.setattr(common, "step_rows", spy_step_rows)
-    monkeypatch.setattr(Replay, "add", spy_add)
+    spy(module, "update", "learn")
+    spy(common.Envs, "send", "send")
+    spy(common.Envs, "receive", "receive")
+    spy(Replay, "add", "keep")
     monkeypatch.chdir(tmp_path)
-    flags = f"--env-id Pendulum-v1 {SMALL[script]} --num-envs 3 --eval-every 0 {flag}"
+    flags = f"--env-id Pendulum-v1 {SMALL[script]} --num-envs 3 --eval-every 0"
     play_here(script, f"{flags} --total-frames 420")
-    asynchronous = bool(flag)
-    assert threads == {3: {not asynchronous}, 2: {True}}
-    first = events.index("act") if asynchronous else events.index("learn")
-    turns = "".join(
-        {"act": "a", "learn": "l", "row": "r", "evaluate": ""}[e] for e in events[first:]
-    )
-    assert re.fullmatch("(al*r)+l*" if asynchronous else "(l*ar)+l*", turns)
+    letters = {"send": "s", "learn": "l", "receive": "r", "keep": "k"}
+    turns = "".join(letters[event] for event in events)
+    assert re.fullmatch("(sl*rk)+l*", turns)
     assert turns.count("l") > 10
-    assert re.search("rar|rr", turns)  # no update is due after most steps
+    assert "srk" in turns  # no update is due after most steps
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
@@ -305,7 +286,7 @@ def test_dreamerv1_adds_noise_to_actions_in_training_and_nothing_does_in_evaluat
     script, tmp_path, monkeypatch, env_id
 ):
     module = importlib.import_module(Path(script).stem)
-    policy, step_rows = module.policy, common.step_rows
+    policy, send = module.policy, common.Envs.send
     chosen, taken = {3: [], 1: []}, {3: [], 1: []}  # by the number of environments
 
     def spy_policy(*args, **kwargs):
@@ -313,13 +294,13 @@ def test_dreamerv1_adds_noise_to_actions_in_training_and_nothing_does_in_evaluat
         chosen[len(action)].append(action.numpy())
         return action, state
 
-    def spy_step_rows(envs, action, done):
-        if not done.all():  # a reset ignores the action
-            taken[len(action)].append(action)
-        return step_rows(envs, action, done)
+    def spy_send(envs, action):
+        if not envs.all_ended:  # a reset ignores the action
+            taken[len(action)].append(action.numpy())
+        send(envs, action)
 
     monkeypatch.setattr(module, "policy", spy_policy)
-    monkeypatch.setattr(common, "step_rows", spy_step_rows)
+    monkeypatch.setattr(common.Envs, "send", spy_send)
     monkeypatch.chdir(tmp_path)
     noise = "--expl-noise 0.3 --expl-epsilon 0.6 --expl-min 0.6" if "v1" in script else ""
     flags = f"{SMALL[script]} --num-envs 3 --eval-episodes 1 --total-frames 600 {noise}"
@@ -381,14 +362,20 @@ def test_a_run_learns_on_every_kind_of_environment(script, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_metrics_of_one(script, tmp_path, monkeypatch):
-    flags = f"--env-id CartPole-v1 --num-envs 3 --async-envs {SMALL[script]}"
-    for name in ("one", "several"):
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_environments_in_processes_of_their_own_give_the_numbers_of_those_in_turn(
+    script, env_id, tmp_path
+):
+    flags = f"--env-id {env_id} --num-envs 3 --eval-every 100 {SMALL[script]} --log-every 30"
+    rows = []
+    for name, more in (("turn", ""), ("processes", "--async-envs")):
         (tmp_path / name).mkdir()
-    several = play(script, flags, tmp_path / "several").rows
-    in_this_process(monkeypatch)
-    monkeypatch.chdir(tmp_path / "one")
-    assert without_clock(several) == without_clock(play_here(script, flags))
+        run = play(script, f"{flags} {more}", tmp_path / name)
+        weights = torch.load(run.folder / "checkpoint.pt", weights_only=True)["agent"]
+        rows.append((without_clock(run.rows), weights))
+    assert rows[0][0] == rows[1][0]
+    for name, weight in rows[0][1].items():
+        assert torch.equal(weight, rows[1][1][name]), name
 
 
 def test_dreamerv2_copies_the_critic_at_update_0_and_every_slow_update_only(tmp_path, monkeypatch):
@@ -512,7 +499,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     folder = wait_for(
         tmp_path, lambda folder: '"updates": 5' in (folder / "metrics.jsonl").read_text()
     )
-    assert not (folder / "checkpoint.pt").exists()
+    assert counters(folder) == (0, 0)  # of the beginning
     process.send_signal(number)
     done = finish(process, code)
     step, updates = counters(folder)
@@ -597,8 +584,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(scri
 def refuse(script, flags, capsys):
     """Runs main in this process -> what it says on stderr; it must exit with code 2."""
     module = importlib.import_module(Path(script).stem)
-    with pytest.raises(SystemExit) as exit_, common.exit_on_error():
-        module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
+    with pytest.raises(SystemExit) as exit_, runtime.exit_on_error():
+        module.main(parse(module, flags))
     assert exit_.value.code == 2
     assert not Path("runs").exists()
     return capsys.readouterr().err
@@ -613,9 +600,10 @@ BAD_IN_COMMON = {  # what common.py refuses, run by one script
     "--env-id odd_envs:Tuple-v0": "only Box, Dict of Box, .* not Tuple",
     "--env-id PongNoFrameskip-v4 --observation vector": "vector",
     "--env-id CartPole-v1 --track": "--track needs pip install wandb",
-    "--resume nowhere": "nowhere is no run folder of this script",
     "--evaluate nowhere": "nowhere is no run folder of this script",
-    "--resume empty": "empty is no run folder of this script",
+    "--evaluate empty": "empty is no run folder of this script",
+    "--resume full": "full is no run folder of this script",
+    "--resume odd_envs.py": "odd_envs.py is no run folder of this script",
 }
 BAD = {
     "--env-id CartPole-v1 --batch-length 201": "batch-length 201.*prefill",
@@ -669,8 +657,9 @@ def test_bad_input_is_refused_in_one_line(script, flags, tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     (tmp_path / "odd_envs.py").write_text(ENVS)
-    for name in ("foreign", "begun", "empty"):
+    for name in ("foreign", "begun", "empty", "full"):
         (tmp_path / name).mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
     for other in SCRIPTS:
         args = dataclasses.asdict(importlib.import_module(Path(other).stem).Args())
         path = tmp_path / ("begun" if other == script else "foreign") / "args.yaml"
@@ -719,7 +708,7 @@ def test_help_shows_the_values_in_force_for_the_id(script, monkeypatch, capsys, 
     module = importlib.import_module(Path(script).stem)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit_:
-        common.parse_args(module.Args, module.PRESETS, ["--env-id", env_id, "--help"])
+        parse(module, f"--env-id {env_id} --help")
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     preset = {"C": "other", "P": "atari", "d": "dmc_pixels"}[env_id[0]]
@@ -751,7 +740,7 @@ def test_help_shows_the_values_in_force_for_the_id(script, monkeypatch, capsys, 
 )
 def test_the_id_chooses_the_frames_of_an_agent_step(script, flags, frames):
     module = importlib.import_module(Path(script).stem)
-    args = common.parse_args(module.Args, module.PRESETS, f"--env-id {flags}".split())
+    args = parse(module, f"--env-id {flags}")
     assert args.action_repeat == frames
 
 
