@@ -16,9 +16,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, flatten_space, unflatten
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, unflatten
 
-from runtime import RANK, WORLD, UserError, all_gather, explain, forked_rng
+from runtime import (
+    RANK, WORLD, UserError, all_gather, explain, forked_rng, kept_rng, place_of,
+)  # fmt: skip
 
 gym.register_envs(ale_py)  # its games, under ALE/ and the older names
 SIZE = 64  # height and width of images, as in both papers
@@ -41,7 +43,10 @@ def is_dm_control(env_id):
 
 
 def is_atari(env_id):
-    return "ALE/" in env_id or "ale_py" in str(gym.registry.get(env_id))
+    """Whether it names a game of ale-py, with or without a module and a version."""
+    name = env_id.split(":")[-1]
+    games = [id for id, spec in gym.registry.items() if "ale_py" in str(spec.entry_point)]
+    return "ALE/" in name or name in games or name in [id.rpartition("-v")[0] for id in games]
 
 
 def make_env(args, index, render=False):
@@ -76,10 +81,12 @@ def make_env(args, index, render=False):
     with explain(f"no {env_id}", Exception, SystemExit):
         if dm_control:
             env = gym.make(f"shimmy:{env_id}", disable_env_checker=True, **options)
+        elif renders and not render and gives_images(env_id):
+            env = gym.make(env_id, disable_env_checker=True)
         else:
             env = gym.make(env_id, disable_env_checker=True, **options)
-        if renders and "rgb_array" not in env.metadata.get("render_modes", ()):
-            raise ValueError("it cannot be drawn")
+            if renders and "rgb_array" not in env.metadata.get("render_modes", ()):
+                raise ValueError("it cannot be drawn")
     if atari:
         env = gym.wrappers.AtariPreprocessing(
             env, noop_max=30, frame_skip=args.action_repeat, screen_size=SIZE,
@@ -87,10 +94,21 @@ def make_env(args, index, render=False):
         )  # fmt: skip
     elif args.action_repeat > 1:
         env = gym.wrappers.RepeatAction(env, args.action_repeat)
-    env = DreamerSpaces(env, observation, args.grayscale, args.seed, index)
-    if args.time_limit:
-        env = gym.wrappers.TimeLimit(env, math.ceil(args.time_limit / args.action_repeat))
-    return env
+    limit = math.ceil(args.time_limit / args.action_repeat) or math.inf
+    return DreamerSpaces(env, observation, args.grayscale, args.seed, index, limit)
+
+
+def gives_images(env_id):
+    """Whether an environment observes images without being drawn."""
+    env = gym.make(env_id, disable_env_checker=True)
+    space = env.observation_space
+    boxes = space.spaces.values() if isinstance(space, Dict) else [space]
+    env.close()
+    return any(is_image(box) for box in boxes)
+
+
+def is_image(space):
+    return space.dtype == np.uint8 and len(space.shape) in (2, 3)
 
 
 def choose_gl(needed):
@@ -106,10 +124,15 @@ def choose_gl(needed):
         raise UserError(f"no OpenGL without a screen: {hint}")
 
 
+@contextlib.contextmanager
 def explain_failure(env_id, seed, index, episode):
     """Turns any exception into a ChildProcessError of one line that names the environment."""
     which = f"environment {index} of {env_id} (seed {seed}, episode {episode})"
-    return explain(f"{which} failed", Exception, kind=ChildProcessError)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        said = f"{which} failed: {type(error).__name__}: {error} ({place_of(error)})"
+        raise ChildProcessError(" ".join(said.split())) from None
 
 
 class DreamerSpaces(gym.Wrapper):
@@ -117,12 +140,15 @@ class DreamerSpaces(gym.Wrapper):
 
     Discrete actions are one-hot, others flat in [-1, 1] and scaled to finite bounds. The seed of
     an episode follows from those of the run, the environment's index and the episode's number.
+    Whatever goes wrong between the environment and a row is an error of the environment.
     """
 
-    def __init__(self, env, observation, grayscale, seed, index):
+    def __init__(self, env, observation, grayscale, seed, index, limit=math.inf):
         super().__init__(env)
         self.seed = seed
         self.index = index
+        self.limit = limit  # of agent steps, after which an episode is truncated
+        self.steps = 0  # of this episode
         self.episode = 0  # how many have begun
         self.actions = env.action_space
         space = env.observation_space
@@ -130,9 +156,12 @@ class DreamerSpaces(gym.Wrapper):
         boxed = all(isinstance(box, Box) for box in boxes.values())
         if not (boxed and isinstance(self.actions, Discrete | Box)):
             both = f"{space} and {self.actions}"
-            raise UserError(f"only Box, Dict of Box, Discrete fit, not {both}")
+            old = [s for s in (space, self.actions) if type(s).__module__.startswith("gym.")]
+            hint = ": they are of gym, not of gymnasium" if old else ""
+            raise UserError(f"only Box, Dict of Box, Discrete fit, not {both}{hint}")
 
-        images = [k for k, v in boxes.items() if v.dtype == np.uint8 and len(v.shape) in (2, 3)]
+        self.boxes = boxes
+        images = [k for k, box in boxes.items() if is_image(box)]
         vectors = [k for k in boxes if k not in images]
         self.image_keys = images if observation != "vector" else []
         self.vector_keys = vectors if observation != "pixels" else []
@@ -142,21 +171,41 @@ class DreamerSpaces(gym.Wrapper):
         if self.vector_keys:
             size = sum(flatdim(boxes[k]) for k in self.vector_keys)
             spaces["vector"] = Box(-np.inf, np.inf, (size,), np.float32)
-        # At most one image, of shape (H, W), (H, W, 1) or (H, W, 3).
         channels = [boxes[k].shape[2:] for k in self.image_keys]
-        if not spaces or channels not in ([], [()], [(1,)], [(3,)]):
-            raise UserError(f"--observation {observation} does not fit observations {space}")
+        sizes = [math.prod(box.shape) for box in boxes.values()]
+        if not spaces or channels not in ([], [()], [(1,)], [(3,)]) or 0 in sizes:
+            wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3), is taken"
+            said = f"--observation {observation} does not fit observations {space}"
+            raise UserError(f"{said}: {wanted}")
         self.observation_space = Dict(spaces)
 
-        flat = flatten_space(self.actions)
         if isinstance(self.actions, Discrete):
             self.action_space = MultiBinary(int(self.actions.n))
-            scaled = np.zeros(flat.shape, bool)  # `step` leaves one-hot actions as they are
         else:
-            self.action_space = Box(-1, 1, flat.shape, np.float32)
-            scaled = np.isfinite(flat.low) & np.isfinite(flat.high)
-        self.low = np.where(scaled, flat.low, -1)
-        self.high = np.where(scaled, flat.high, 1)
+            self.action_space = Box(-1, 1, (flatdim(self.actions),), np.float32)
+            self.low, self.high = action_bounds(self.actions)
+
+    @property
+    def summary(self):
+        """What the agent sees and does, in a line."""
+        parts = []
+        for name, keys in (("image", self.image_keys), ("vector", self.vector_keys)):
+            if name in self.observation_space.spaces:
+                size = " x ".join(map(str, self.observation_space[name].shape))
+                origin = " x ".join(str(n) for k in keys for n in self.boxes[k].shape)
+                drawn = f" from {origin}" if keys else ", drawn"
+                parts.append(f"{name} {size}{drawn if name == 'image' else ''}")
+        kind = "discrete" if isinstance(self.actions, Discrete) else "continuous"
+        parts.append(f"{self.action_space.shape[0]} {kind} actions")
+        odd = [k for k in self.vector_keys if len(self.boxes[k].shape) == 3]
+        if odd:
+            parts.append("of more than 2 dimensions, but no image, since images are uint8")
+        return ", ".join(parts)
+
+    @property
+    def has_limit(self):
+        declared = self.spec is not None and (self.spec.max_episode_steps or 0) > 0
+        return declared or self.limit < math.inf
 
     def explain_failure(self):
         env_id = getattr(self.spec, "id", self.spec)
@@ -166,27 +215,61 @@ class DreamerSpaces(gym.Wrapper):
         sequence = np.random.SeedSequence([self.seed, self.index, self.episode])
         seed = int(sequence.generate_state(1)[0]) >> 1
         self.episode += 1
+        self.steps = 0
         with self.explain_failure():
             obs, _ = self.env.reset(seed=seed, options=options)
             return self.observe(obs), {}
 
     def step(self, action):
-        action = self.low + (action + 1) / 2 * (self.high - self.low)
-        action = unflatten(self.actions, action)
+        self.steps += 1
         with self.explain_failure():
-            obs, reward, terminated, truncated, _ = self.env.step(action)
-            return self.observe(obs), reward, terminated, truncated, {}
+            obs, reward, terminated, truncated, _ = self.env.step(self.to_action(action))
+            reward = np.asarray(reward, np.float64)
+            if reward.size != 1 or not np.isfinite(reward).all():
+                raise ValueError(f"the reward is {reward}")
+            truncated = truncated or self.steps >= self.limit
+            return self.observe(obs), reward.item(), bool(terminated), bool(truncated), {}
+
+    def to_action(self, action):
+        """One-hot (A,) or in [-1, 1] (A,) -> an action that lies in the environment's space."""
+        if isinstance(self.actions, Discrete):
+            return unflatten(self.actions, action)
+        share = (np.float64(action).reshape(self.actions.shape) + 1) / 2
+        action = self.low * (1 - share) + self.high * share
+        low, high = self.actions.low, self.actions.high
+        if self.actions.dtype.kind == "f":
+            return np.asarray(np.clip(action, low, high), self.actions.dtype)
+        # In Python's whole numbers, since those of 64 bits have more digits than a float.
+        inside = [
+            min(max(round(x), int(least)), int(most))
+            for x, least, most in zip(action.flat, low.flat, high.flat, strict=True)
+        ]
+        return np.array(inside, self.actions.dtype).reshape(self.actions.shape)
 
     def observe(self, obs):
         parts = obs if isinstance(obs, dict) else {None: obs}
+        parts = {k: self.check(k, parts[k]) for k in self.image_keys + self.vector_keys}
         out = {}
         if "image" in self.observation_space.spaces:
             image = parts[self.image_keys[0]] if self.image_keys else self.env.render()
             out["image"] = self.resize(image)
         if self.vector_keys:
             vectors = [np.ravel(parts[k]) for k in self.vector_keys]
-            out["vector"] = np.concatenate(vectors).astype(np.float32)
+            with np.errstate(over="ignore"):
+                out["vector"] = np.concatenate(vectors).astype(np.float32)
+            if not np.isfinite(out["vector"]).all():
+                raise ValueError(f"the observation is not finite: {out['vector']}")
         return out
+
+    def check(self, key, value):
+        """The part of an observation as its space promises it."""
+        value, box = np.asarray(value), self.boxes[key]
+        name = "the observation" if key is None else f"the observation's {key!r}"
+        if value.shape != box.shape:
+            raise ValueError(f"{name} has shape {value.shape}, its space says {box.shape}")
+        if value.dtype != box.dtype and (key in self.image_keys or value.dtype.kind not in "fiub"):
+            raise ValueError(f"{name} is {value.dtype}, its space says {box.dtype}")
+        return value
 
     def resize(self, image):
         """(H, W) or (H, W, C) -> (1 or 3, 64, 64); each pixel is the mean of what it covers."""
@@ -195,6 +278,20 @@ class DreamerSpaces(gym.Wrapper):
         if image.ndim == 3 and shape[0] == 1:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return np.broadcast_to(np.atleast_3d(image).transpose(2, 0, 1), shape).copy()
+
+
+def action_bounds(box):
+    """What -1 and 1 stand for in a Box of actions: low, high, float64 of its shape."""
+    low, high = np.float64(box.low), np.float64(box.high)
+    if box.dtype.kind != "f":
+        return low - 0.5, high + 0.5  # each whole number has an equal share
+    ends_above = np.isfinite(high)
+    begins_below = np.isfinite(low)
+    both = begins_below & ends_above
+    # With a bound on one side or none, [-1, 1] as it is, or moved if none of it lies inside.
+    shift = np.where(begins_below & (low >= 1), low + 1, 0)
+    shift = np.where(ends_above & (high <= -1), high - 1, shift)
+    return np.where(both, low, shift - 1), np.where(both, high, shift + 1)
 
 
 # Several environments
@@ -211,6 +308,7 @@ class Envs:
         first = RANK * num_envs if first_index is None else first_index
         self.env_id = args.env_id
         self.seed = args.seed
+        self.action_repeat = args.action_repeat
         self.num_envs = num_envs
         self.parallel = parallel
         self.indices = range(first, first + num_envs)
@@ -221,6 +319,9 @@ class Envs:
         observations = self.vector.single_observation_space.items()
         self.shapes = {key: box.shape for key, box in observations}  # what a row holds
         self.shapes |= {"action": space.shape, "reward": (), "is_first": (), "is_terminal": ()}
+        self.summary = self.vector.get_attr("summary")[0]
+        self.has_limit = self.vector.get_attr("has_limit")[0]
+        self.in_flight = False  # whether a step was sent and not received
         self.ended = np.ones(num_envs, bool)
         self.returns = np.zeros(num_envs)  # of each episode, so far or at its end
         self.lengths = np.zeros(num_envs, int)  # in agent steps
@@ -239,6 +340,28 @@ class Envs:
         self.episodes = np.array(state["episodes"])
         self.ended = np.ones(self.num_envs, bool)
 
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Inside, episodes begin again with the first one; afterwards those of training go on.
+
+        A step that was in flight is dropped. If there was one, a reset takes its place.
+        """
+        training = self.state_dict()
+        in_flight = self.in_flight
+        if in_flight:
+            self.receive()
+        limits = self.vector.get_attr("limit")
+        bound = math.ceil(EVAL_FRAMES / self.action_repeat)
+        self.vector.set_attr("limit", [min(limit, bound) for limit in limits])
+        self.load_state_dict({"episodes": [0] * self.num_envs})
+        yield
+        if self.in_flight:
+            self.receive()
+        self.vector.set_attr("limit", list(limits))
+        self.load_state_dict(training)
+        if in_flight:
+            self.send(self.random_actions())
+
     def random_actions(self):
         """Uniform actions (N, A), drawn from torch's generator."""
         noise = torch.rand(self.num_envs, *self.shapes["action"])
@@ -248,6 +371,7 @@ class Envs:
 
     def send(self, action):
         """Begins a step with actions (N, A), which resets ignore."""
+        self.in_flight = True
         self.action = torch.as_tensor(action).cpu().numpy()
         if self.parallel:
             with self.explain_dead_process():
@@ -262,8 +386,9 @@ class Envs:
         An episode is a dict of charts/episodic_return and charts/episodic_length.
         """
         is_first = self.ended
-        with self.explain_dead_process():
+        with self.explain_dead_process(), kept_rng():  # an environment may seed torch
             obs, reward, terminated, truncated = self.end_step()
+        self.in_flight = False
         self.ended = terminated | truncated
         self.returns = np.where(is_first, 0, self.returns + reward)
         self.lengths = np.where(is_first, 0, self.lengths + 1)
@@ -305,19 +430,40 @@ class Envs:
             with explain_failure(self.env_id, self.seed, self.indices[i], episode):
                 raise ChildProcessError("its process died") from None
 
-    def restart(self):
-        """Lets all begin again with their first episodes."""
-        self.load_state_dict({"episodes": [0] * self.num_envs})
-
     def render(self):
         """The images (H, W, 3) of all environments; not of those in processes of their own."""
         return self.vector.render()
 
+    def warn_if_endless(self):
+        """Says so if no episode has ended so far and nothing promises that one will."""
+        if not self.has_limit and self.episodes.max() <= 1 and RANK == 0:
+            steps = self.lengths.max()
+            print(f"no episode of {self.env_id} ended in {steps} steps, consider --time-limit")
+
     def close(self):
-        if self.parallel:
-            self.vector.close(terminate=True)  # asks nothing of a process that may be dead
-        else:
-            self.vector.close()
+        try:
+            if self.parallel:
+                self.vector.close(terminate=True)  # asks nothing of a process that may be dead
+            else:
+                self.vector.close()
+        except Exception as error:  # nothing depends on it any more
+            print(f"closing {self.env_id} failed: {error!r} ({place_of(error)})", file=sys.stderr)
+
+
+def make_envs(args):
+    """Environments to train in (None with --evaluate) and to evaluate in, with seeds apart.
+
+    With --eval-envs 0 they are the same.
+    """
+    shared = args.eval_envs == 0
+    envs = None
+    if shared or not args.evaluate:
+        render = shared and args.capture_video
+        envs = Envs(args, args.num_envs, parallel=args.async_envs, render=render)
+    if shared:
+        return envs, envs
+    count = min(args.eval_envs, args.eval_episodes)
+    return envs, Envs(args, count, first_index=10_000, render=args.capture_video)
 
 
 def start_processes(makers):
@@ -331,32 +477,55 @@ def start_processes(makers):
         signal.signal(signal.SIGINT, handler)
 
 
-def evaluate(envs, act, state, episodes, film=False):
-    """Plays whole episodes, the same ones with the same noise each time -> returns, film.
+EVAL_FRAMES = 108_000  # after which an evaluated episode is cut
 
-    act: function of a row and a state -> actions (N, A), state. The film, at most 1000 frames,
-    shows the first environment until an episode ends.
+
+def evaluate(envs, act, state, episodes, film=False, interrupt=None):
+    """Plays whole episodes, the same ones with the same noise each time.
+
+    act: function of a row and a state -> actions (N, A), state; interrupt: a signal breaks it off.
+    -> returns, how many of the episodes were cut, a film of the first (at most 1000 images)
     """
     # How many episodes each environment has to play; each process plays those of some.
     to_play = np.zeros(envs.num_envs, int)
     for i in range(RANK, envs.num_envs, WORLD):
         to_play[i] = len(range(i, episodes, envs.num_envs))
     returns = []
-    frames = []
-    envs.restart()
-    with forked_rng("evaluation", envs.seed):
+    cut = 0
+    images = Film() if film and RANK == 0 else None
+    with envs.evaluating(), forked_rng("evaluation", envs.seed):
         envs.send(envs.random_actions())  # a reset ignores them
         row, _ = envs.receive()
-        while to_play.any():
-            if film and RANK == 0 and not returns and len(frames) < 1000:
-                frames.append(envs.render()[0])
+        while to_play.any() and not (interrupt and interrupt.received):
+            if images and envs.episodes[0] == 1:
+                images.add(envs.render()[0])
             action, state = act(row, state)
             envs.send(action)
             row, _ = envs.receive()
             for i in np.flatnonzero(envs.ended & (to_play > 0)):
                 returns.append(float(envs.returns[i]))
+                cut += int(envs.lengths[i] * envs.action_repeat >= EVAL_FRAMES)
                 to_play[i] -= 1
-    return np.concatenate(all_gather(returns)), frames
+    gathered = all_gather((returns, cut))
+    returns = np.concatenate([returns for returns, _ in gathered])
+    return returns, sum(cut for _, cut in gathered), images.images if images else []
+
+
+class Film:
+    """At most 1000 images of an episode, of a long one every second, fourth, ... alone."""
+
+    def __init__(self):
+        self.images = []
+        self.every = 1
+        self.seen = 0
+
+    def add(self, image):
+        if self.seen % self.every == 0:
+            self.images.append(image)
+        self.seen += 1
+        if len(self.images) > 1000:
+            self.images = self.images[::2]
+            self.every *= 2
 
 
 # Replay

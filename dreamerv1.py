@@ -37,21 +37,21 @@ from torch import nn
 
 import common
 import runtime
-from runtime import Count, Rate, Share, UserError
+from runtime import Count, Rate, Share, UserError, Weight, Whole
 
 
 @dataclass
-class Args:  # Count, Rate and Share are numbers with bounds
+class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
     env_id: str = "dm_control/walker-walk-v0"  # or any gymnasium id
     preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # by id
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's
-    seed: int = 1  # seed of networks, replay and environments
+    seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of networks; auto: by device
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
-    threads: int = 0  # CPU threads of torch, 0 is its own choice
+    threads: Whole = 0  # CPU threads of torch, 0 is its own choice
     graph: bool = True  # on a GPU, record acting and learning once and replay them
     compile: bool = False  # fuse the steps of the recurrent model, after minutes of compiling
     resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
@@ -63,11 +63,11 @@ class Args:  # Count, Rate and Share are numbers with bounds
     pixels: bool = False  # short for --observation pixels, rendered if need be
     grayscale: bool = False  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
-    time_limit: int = 108_000  # frames per episode, 0 is the environment's own limit
+    time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeating an action
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
-    prefill: int = 5000  # env frames of random play before learning
+    prefill: Whole = 5000  # env frames of random play before learning
     replay_size: Count = 2_500_000  # agent steps (the authors keep all)
     batch_size: Count = 50  # B, sequences
     batch_length: Count = 50  # T, agent steps
@@ -86,36 +86,37 @@ class Args:  # Count, Rate and Share are numbers with bounds
     norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
     reward_transform: Literal["none", "tanh"] = "tanh"  # what is done to replayed rewards
     discount_head: bool = True  # learn where episodes end
-    discount_scale: float = 10.0  # weight of the discount loss
-    kl_scale: float = 0.1  # beta, the weight of the KL
-    free_nats: float = 3.0  # nats of KL that cost nothing, of the mean over the batch
+    discount_scale: Weight = 10.0  # weight of the discount loss
+    kl_scale: Weight = 0.1  # beta, the weight of the KL
+    free_nats: Weight = 3.0  # nats of KL that cost nothing, of the mean over the batch
     # --- behavior ---
     gamma: Share = 0.99  # discount per agent step
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 10  # imagined steps
     actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by action space
     actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # gradient of Eq. 7
-    actor_entropy: float = 0.0  # weight of the actor's entropy (not in the paper)
-    expl_noise: float = 0.3  # std of the noise on continuous actions
+    actor_entropy: Weight = 0.0  # weight of the actor's entropy (not in the paper)
+    expl_noise: Weight = 0.3  # std of the noise on continuous actions
     expl_epsilon: Share = 0.4  # share of random actions among discrete ones, at first
     expl_min: Share = 0.1  # share of random actions among discrete ones, at last
     expl_decay: Count = 200_000  # updates from the first share to the last
     # --- optimizers ---
     train_every: Count = 1000  # env frames from one training to the next
     train_steps: Count = 100  # updates of each training
-    pretrain: int = 100  # updates before the schedule begins
+    pretrain: Whole = 100  # updates before the schedule begins
     model_lr: Rate = 6e-4  # learning rate of the world model
     actor_lr: Rate = 8e-5  # learning rate of the actor
     critic_lr: Rate = 8e-5  # learning rate of the critic
     adam_eps: Rate = 1e-7  # epsilon of Adam
     clip: Rate = 100.0  # global norm of each optimizer's gradient
     # --- logging ---
-    log_every: int = 10_000  # frames between rows of losses
-    eval_every: int = 100_000  # frames between evaluations, 0 is only at the end
+    log_every: Whole = 10_000  # frames between rows of losses
+    eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: Count = 1  # episodes of an evaluation
-    video_every: int = 1_000_000  # frames between open-loop videos, 0 is never
-    checkpoint_every: int = 500_000  # frames between checkpoints, 0 is only at the end
-    capture_video: bool = False  # film how each evaluation begins
+    eval_envs: Whole = 10  # environments of its own at most; 0 plays in those of training
+    video_every: Whole = 1_000_000  # frames between open-loop videos, 0 is never
+    checkpoint_every: Whole = 500_000  # frames between checkpoints, 0 is only at the end
+    capture_video: bool = False  # film an episode of each evaluation
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "dreamer"  # project in Weights & Biases
     wandb_entity: str | None = None  # team in Weights & Biases
@@ -671,10 +672,7 @@ def main(args):
     """Trains an agent, or with --evaluate plays a trained one -> exit code."""
     config = asdict(args)  # as given: what "auto" stands for may differ on the next machine
     device = runtime.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
-    # The environments of evaluations have seeds apart from those of training.
-    eval_envs = common.Envs(
-        args, min(args.eval_episodes, 10), first_index=10_000, render=args.capture_video
-    )
+    envs, eval_envs = common.make_envs(args)
     shapes = eval_envs.shapes
     resolve_auto(args, device, eval_envs.discrete)
     agent = make_agent(shapes, args).to(device)
@@ -702,8 +700,7 @@ def main(args):
     runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, rows, shapes, args.num_envs, device)
-    envs = common.Envs(args, args.num_envs, parallel=args.async_envs)
-    runtime.describe(args, device, agent, replay)
+    runtime.describe(args, device, agent, replay, envs.summary)
     metrics = runtime.Metrics()
     logger = runtime.Logger(run, config)
     parts = {  # all that a checkpoint holds, but for the counters
@@ -717,6 +714,7 @@ def main(args):
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames
     frames = step * args.action_repeat
+    random_play = True
     row = None  # the first step resets
     state = rssm.initial(args.num_envs)
 
@@ -736,6 +734,11 @@ def main(args):
         while not interrupt.agreed():
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = frames >= args.prefill and len(replay) >= args.batch_length
+
+            if learning and random_play:
+                random_play = False
+                envs.warn_if_endless()
+                save()
 
             # Act: environments begin a step, a reset where an episode has ended. The noise has a
             # seed that follows from the step: one that a signal drops leaves no trace.
@@ -764,8 +767,11 @@ def main(args):
             if due(args.checkpoint_every):
                 save()
             if due(args.eval_every) and (updates or finished):
-                returns, film = evaluate()
-                logger.log({"eval/episodic_return": returns.mean()}, frames, updates)
+                returns, cut, film = evaluate(interrupt=interrupt)
+                if interrupt.agreed():
+                    break  # a resumed run evaluates again
+                result = {"eval/episodic_return": returns.mean(), "eval/cut_episodes": cut}
+                logger.log(result, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
             if due(args.log_every) and updates:

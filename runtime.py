@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -20,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import typing
 import zipfile
 from functools import cached_property
@@ -36,14 +38,17 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
+STARTED_IN = Path.cwd()
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 ENVIRONMENTS_FAILED = "the environments of this process failed"  # what it tells the others
 
-# Types of flags with the least and the most that they may be.
+# Types of flags with the least and the most that they may be; plain numbers have no bounds.
 Count = typing.Annotated[int, 1, 2**31 - 1]
+Whole = typing.Annotated[int, 0, 2**31 - 1]
 Share = typing.Annotated[float, 0, 1]
+Weight = typing.Annotated[float, 0, 2**31 - 1]
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 
 # Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
@@ -78,10 +83,39 @@ def explain(text, *errors, kind=UserError):
         raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
 
 
+def place_of(error):
+    """Where an error was raised, as file:line, in code that is neither installed nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, str(Path(__file__).with_name("common.py")))
+    theirs = [f for f in frames if "site-packages" not in f.filename and f.filename not in ours]
+    last = (theirs or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+class Terminal:
+    """A stream that may go away, as a terminal does; what cannot be written is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  None if it was closed
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 @contextlib.contextmanager
 def exit_on_error():
     """Says in one line what the user can mend (exit code 2) and what else ended the run (1)."""
     expected = (UserError, DeviceError, FloatingPointError, OSError, torch.OutOfMemoryError)
+    sys.stdout = Terminal(sys.stdout)
+    sys.stderr = Terminal(sys.stderr)
     try:
         yield
     except KeyboardInterrupt:
@@ -96,20 +130,36 @@ def exit_on_error():
             dist.destroy_process_group()  # its threads may otherwise abort a process that ends
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def restore_signals():
+    """Gives signals back to a process that an environment starts, which may have to end of one."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=restore_signals)
+
+
 class Interrupt(contextlib.AbstractContextManager):
     """Lets a loop end between two steps: on Ctrl-C (code 130; a second one ends at once), on
-    SIGTERM (143), or because an environment failed (1). What follows the loop still runs.
+    SIGTERM (143) or SIGHUP (129), or because an environment failed (1). What follows the loop
+    still runs.
     """
 
     def __init__(self):
         self.code = 0  # the exit code on which all processes agreed
         self.received = 0  # the exit code of a signal to this process
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaves and ends after this step; Ctrl-C ends at once\n")
 
     def agreed(self):
         """Asks all processes whether any was told to end -> code, or 0; also in self.code."""
@@ -253,16 +303,23 @@ def seed_process(seed):
 
 
 @contextlib.contextmanager
-def forked_rng(*key):
-    """Inside, torch's draws follow from key and process; those outside do not notice."""
+def kept_rng():
+    """Leaves torch's generators as they were before."""
     states = [generator.get_state() for generator in generators()]
-    for generator in generators():
-        generator.manual_seed(seed_of(*key))
     try:
         yield
     finally:
-        for generator, state in zip(generators(), states, strict=True):
+        for generator, state in zip(generators(), states, strict=False):
             generator.set_state(state)
+
+
+@contextlib.contextmanager
+def forked_rng(*key):
+    """Inside, torch's draws follow from key and process; those outside do not notice."""
+    with kept_rng():
+        for generator in generators():
+            generator.manual_seed(seed_of(*key))
+        yield
 
 
 # Command line
@@ -308,7 +365,7 @@ def flag_name(name):
 def check_bounds(args):
     """UserError for the first number that is not between the bounds of its type."""
     for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
-        least, most = getattr(hint, "__metadata__", (0, 2**31 - 1))
+        least, most = getattr(hint, "__metadata__", (-math.inf, math.inf))
         value = getattr(args, name)
         if isinstance(value, int | float) and not least <= value <= most:
             raise UserError(f"{flag_name(name)} is {value}, it must be from {least} to {most}")
@@ -318,6 +375,9 @@ def read_args(cls, run):
     """What args.yaml of a run folder holds, checked against the types of `cls`."""
     with explain(f"{run} is no run folder of this script", Exception):
         args = yaml.safe_load((Path(run) / "args.yaml").read_text())
+        for name, hint in typing.get_type_hints(cls).items():
+            if typing.get_origin(hint) is tuple and isinstance(args[name], list):
+                args[name] = tuple(args[name])  # YAML knows lists alone
         typeguard.check_type(args, typing.TypedDict("Args", typing.get_type_hints(cls)))
     return args
 
@@ -343,10 +403,12 @@ def open_run(args, replay_bytes):
         raise UserError("the processes have to be started with the same flags")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
     run = Path(args["resume"] or Path("runs") / name.replace("/", "-").replace(":", "-"))
+    run = run.absolute()  # an environment may change the working directory
     run, is_new = all_gather((run, is_free(run)))[0]
     if is_new:
         needed = replay_bytes * WORLD / 2**30
-        free = shutil.disk_usage(".").free / 2**30
+        disk = next(folder for folder in (run, *run.parents) if folder.exists())
+        free = shutil.disk_usage(disk).free / 2**30
         if needed > free:
             raise UserError(f"the replay takes {needed:.1f} GiB of {free:.1f} free: "
                             "lower --replay-size")  # fmt: skip
@@ -355,13 +417,20 @@ def open_run(args, replay_bytes):
                 (rank_folder(run, rank) / "replay").mkdir(parents=True)
             write_args(run, args)
     wait_for_all()
+    if not is_new and not any((run / name).exists() for name in CHECKPOINTS):
+        raise UserError(f"no checkpoint can be read in {shown(run)}")
     count = 1 + len([*run.glob("rank[1-9]*")])
     if count != WORLD:
         raise UserError(
             f"{run} has replays for --nproc-per-node {count} in all, not for {WORLD}"
         )  # fmt: skip
-    print(f"a new run begins in {run}" if is_new else f"the run in {run} goes on")
+    print(f"a new run begins in {shown(run)}" if is_new else f"the run in {shown(run)} goes on")
     return run, is_new
+
+
+def shown(path):
+    """A path as seen from where the command was typed."""
+    return path.relative_to(STARTED_IN) if path.is_relative_to(STARTED_IN) else path
 
 
 def rank_folder(run, rank=RANK):
@@ -376,30 +445,33 @@ def write_args(run, args):
     new.replace(run / "args.yaml")
 
 
-def describe(args, device, agent, replay):
-    """Prints what a run consists of."""
+def describe(args, device, agent, replay, observations):
+    """Prints what a run consists of; observations: a line of text."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     gib = sum(data.nbytes for data in replay.data.values()) / 2**30
     processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
-    print(f"{args.env_id} on {device} in {args.precision}{processes}")
+    print(f"{args.env_id} on {device} in {args.precision}{processes}: {observations}")
     print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {gib:.2f} GiB")
 
 
-def print_evaluation(run, returns, film):
-    """Prints the mean and the standard deviation of returns; a film goes to RUN/videos."""
-    print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes")
+def print_evaluation(run, returns, cut, film):
+    """Prints mean and standard deviation of returns and how many of the episodes were cut."""
+    said = f", {cut} of them cut short" if cut else ""
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes{said}")
     if film:
         save_gif(Path(run, "videos/evaluate.gif"), film)
 
 
 def resume_command(run, env_id):
     """What to type to go on with a run."""
-    command = [sys.argv[0], "--resume", str(run), "--env-id", env_id]
+    command = [sys.argv[0], "--resume", str(shown(run)), "--env-id", env_id]
     return f"{launcher()} {shlex.join(command)}"
 
 
 # Checkpoints
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt")  # the newest first
 
 
 def save_checkpoint(run, parts, counters):
@@ -435,7 +507,7 @@ def replace_checkpoint(run, state):
 
 def load_checkpoint(run, parts):
     """Gives parts and generators the states of the last whole checkpoint -> its counters."""
-    for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt"):
+    for name in CHECKPOINTS:
         path = Path(run) / name
         try:
             counters = read_checkpoint(path, parts)
@@ -491,9 +563,14 @@ class Metrics:
         self.first_bad = torch.tensor(torch.inf)  # the first update whose value was not finite
 
     def record(self, metrics, updates):
-        """Keeps a dict of scalar tensors."""
-        self.names = list(metrics)
-        self.values = torch.stack(list(metrics.values()))
+        """Keeps a dict of scalar tensors or numbers."""
+        device = next(v.device for v in metrics.values() if torch.is_tensor(v))
+        values = {k: torch.as_tensor(v, device=device).float() for k, v in metrics.items()}
+        for name, value in values.items():
+            if value.shape != ():
+                raise TypeError(f"metric {name} has shape {tuple(value.shape)}, not ()")
+        self.names = list(values)
+        self.values = torch.stack(list(values.values()))
         bad_now = torch.where(self.values.isfinite(), torch.inf, updates)
         self.first_bad = bad_now.minimum(self.first_bad)
 
@@ -515,6 +592,16 @@ class Metrics:
         self.values = torch.tensor(list(state.values()))
 
 
+def except_for_writers(hook):
+    """A hook for errors of threads without those of TensorBoard's, which its writer raises too."""
+
+    def filtered(args):
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            hook(args)
+
+    return filtered
+
+
 class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar.
 
@@ -523,6 +610,7 @@ class Logger:
 
     def __init__(self, run, args):
         self.run = run
+        self.args = args
         self.frames = 0  # as of the last row or progress
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
@@ -532,19 +620,19 @@ class Logger:
         )  # fmt: skip
         if RANK:
             return
-        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        write_args(run, args)  # again, since --resume may have changed some
         if args["track"]:
-            sys.modules["wandb"].init(
-                project=args["wandb_project_name"], entity=args["wandb_entity"],
-                name=run.name, config=args, sync_tensorboard=True,
-            )  # fmt: skip
-        threading.excepthook = lambda thread: None  # the writer raises what its thread does
+            with explain("--track", Exception):
+                sys.modules["wandb"].init(
+                    project=args["wandb_project_name"], entity=args["wandb_entity"],
+                    name=run.name, id=run.name, resume="allow", config=args, sync_tensorboard=True,
+                )  # fmt: skip
+        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        threading.excepthook = except_for_writers(threading.excepthook)
 
     @cached_property
     def writer(self):
         """Of TensorBoard, which forgets what a resumed run is about to log again."""
-        return SummaryWriter(self.run, purge_step=self.frames + 1)
+        return SummaryWriter(self.run, purge_step=self.bar.initial + 1)
 
     def state_dict(self):
         seconds = time.time() - self.began
@@ -552,13 +640,17 @@ class Logger:
         return {"frames": self.frames, "seconds": seconds, "bytes": size}
 
     def load_state_dict(self, state):
-        """Goes back to the log of a checkpoint; rows that came after it come again."""
+        """Goes back to the log of a checkpoint; rows that came after it come again.
+
+        The last part to do so: from here on the run folder changes, with new values of flags.
+        """
         self.began = time.time() - state["seconds"]
         self.frames = self.bar.n = self.bar.initial = state["frames"]
         if RANK == 0:
             size = min(state["bytes"], self.file.tell())
             self.file.truncate(size)
             self.file.seek(size)
+            write_args(self.run, self.args)
 
     def progress(self, frames):
         self.bar.update(frames - self.frames)
