@@ -6,12 +6,10 @@
 A row is tried with small networks, for it is the world that is on trial: it has to reach its last
 frame with finite losses, and to say how its episodes end. With --json the rows replace those of
 the same names in the file. Frames include action repeat; actions are random where speed is
-measured: one environment, eight in turn, eight in processes, and for Atari eight in threads, which
-is what --async-envs takes there.
+measured: one environment, eight in turn, and eight in processes, which is what --async-envs takes.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -22,17 +20,19 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from unittest import mock
-
-import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import dreamerv2  # noqa: E402
+import runtime  # noqa: E402
 
-TINY = """--total-frames 2000 --prefill 400 --pretrain 5 --batch-size 4 --batch-length 16 --deter 64
-    --hidden 64 --units 64 --cnn-depth 8 --stoch 8 --classes 8 --imag-horizon 5 --log-every 500
-    --eval-every 0 --eval-episodes 1 --video-every 0 --threads 1""".split()
+TINY = [
+    "--total-frames=2000", "--prefill=400", "--pretrain=5", "--batch-size=4", "--batch-length=16",
+    "--deter=64", "--hidden=64", "--units=64", "--cnn-depth=8", "--stoch=8", "--classes=8",
+    "--imag-horizon=5", "--log-every=500", "--eval-every=0", "--eval-episodes=1",
+    "--video-every=0", "--threads=1",
+]  # fmt: skip
 WORLDS = {  # name: id, flags, packages of its own
     "Atari": ("ALE/Pong-v5", "--sticky-prob 0.25", "ale-py"),
     "dm_control, pixels": ("dm_control/walker-walk-v0", "", "dm_control"),
@@ -59,14 +59,8 @@ def installed(package):
 def train(env_id, flags):
     """A run of 2,000 frames -> what its log says."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(ROOT / "dreamerv2.py"),
-            "--env-id",
-            env_id,
-            *TINY,
-            *flags.split(),
-        ]
+        command = [sys.executable, str(ROOT / "dreamerv2.py"), "--env-id", env_id]
+        command += [*TINY, *flags.split()]
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
         if done.returncode:
@@ -81,24 +75,24 @@ def train(env_id, flags):
     return {"frames": last["frames"], "updates": last["updates"], "episodes": len(lengths)}
 
 
-def stepping(env_id, flags, count, how, seconds):
-    """Frames per second of random actions, resets included; in turn, in processes or threads."""
-    words = flags.split()
-    preset = common.preset_name(env_id, "vector" if "vector" in words else "auto")
-    repeat = {"atari": 4, "dmc_pixels": 2, "dmc_vector": 2, "other": 1}[preset]
-    options = {"observation": "vector" if "vector" in words else "auto", "action_repeat": repeat}
-    options |= {"grayscale": preset == "atari", "time_limit": 108_000 if preset == "atari" else 0}
-    no_threads = mock.patch.object(common.Games, "fit", return_value=False)
-    with no_threads if how == "processes" else contextlib.nullcontext():
-        envs = common.make_envs(count, how != "turn", env_id=env_id, seed=1, **options)
-    rng, done = np.random.default_rng(0), np.ones(count, bool)
+def stepping(env_id, flags, count, parallel, seconds):
+    """Frames per second of random actions, resets included; in turn or in processes."""
+    argv = ["--env-id", env_id, *flags.split()]
+    args = runtime.parse_args(dreamerv2.Args, dreamerv2.PRESETS, common.choose_preset, argv)
+    envs = common.Envs(args, count, parallel)
+
+    def step():
+        envs.send(envs.random_actions())
+        row, _ = envs.receive()
+        return args.action_repeat * int((1 - row["is_first"]).sum())
+
     try:
-        row, done, _ = common.step_rows(envs, np.zeros(envs.action_space.shape), done)
-        row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)  # compiles
-        frames, began = 0, time.perf_counter()
+        for _ in range(2):  # the first is a reset, and either may compile
+            step()
+        frames = 0
+        began = time.perf_counter()
         while time.perf_counter() - began < seconds:
-            row, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
-            frames += repeat * int((1 - row["is_first"]).sum())
+            frames += step()
         return round(frames / (time.perf_counter() - began))
     finally:
         envs.close()
@@ -152,12 +146,12 @@ def main(argv=None):
             failed.append(name)
             print(f"{name}: {row['failed']}")
             continue
-        options = {"one": (1, "turn"), "eight": (8, "turn"), "processes": (8, "processes")}
-        options |= {"threads": (8, "threads")} if name == "Atari" else {}
+        options = {"one": (1, False), "eight": (8, False), "processes": (8, True)}
+        if name == "Brax":
+            del options["processes"]  # each would compile for itself, minutes
         row["frames_per_second"] = {
-            k: stepping(env_id, flags, *v, args.seconds)
-            for k, v in options.items()
-            if not (name == "Brax" and k == "processes")  # each would compile for itself, minutes
+            key: stepping(env_id, flags, count, parallel, args.seconds)
+            for key, (count, parallel) in options.items()
         }
         print(name, row, flush=True)
         record["worlds"][name] = row

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -27,34 +26,41 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-PHASES = ["step_rows", "update", "save_checkpoint", "evaluate"]
+PHASES = ["receive", "update", "save_checkpoint", "evaluate"]
 
 
 def play(script, phase, after, flags):
     """Runs the script in this process, which kills itself in a phase, after so many steps."""
     sys.path.insert(0, str(ROOT))
     import common
+    import runtime
 
-    module, steps = importlib.import_module(Path(script).stem), []
+    module = importlib.import_module(Path(script).stem)
+    steps = []
 
     def tell(owner, name):
         original = getattr(owner, name)
 
         def told(*args, **kwargs):
-            steps.extend([1] * (name == "step_rows"))
+            if name == "receive":
+                steps.append(1)
             if name == phase and len(steps) >= after:
-                kill = (os.getpid(), signal.SIGKILL)
-                if name == "step_rows":  # takes less than a millisecond
-                    os.kill(*kill)
-                threading.Timer(random.SystemRandom().random() * 0.01, os.kill, kill).start()
+                if name == "receive":  # takes less than a millisecond
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seconds = random.SystemRandom().random() * 0.01
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return original(*args, **kwargs)
 
         setattr(owner, name, told)
 
-    for name in PHASES:
-        tell(module if name == "update" else common, name)
-    with common.exit_on_error():
-        module.main(common.parse_args(module.Args, module.PRESETS, flags))
+    tell(common.Envs, "receive")
+    tell(module, "update")
+    tell(runtime, "save_checkpoint")
+    tell(common, "evaluate")
+    with runtime.exit_on_error():
+        choose = common.choose_preset
+        args = runtime.parse_args(module.Args, module.PRESETS, choose, flags)
+        sys.exit(module.main(args))
 
 
 def rows_of(folder, first, last):
@@ -81,7 +87,8 @@ def check(folder, known):
     if saved is None:
         assert known is None, "a checkpoint got lost"
         return None
-    step, updates = saved["counters"][:2]
+    step = saved["counters"]["step"]
+    updates = saved["counters"]["updates"]
     state = saved["replay"]
     [[written, capacity]] = np.load(folder / "replay" / "written.npy")
     first = max(state["start"], written - capacity)
@@ -97,7 +104,9 @@ def check(folder, known):
 
 def kill_often(script, flags, kills, cwd, seed=0, steps=(200, 2000)):
     """Runs, kills and resumes -> run folder, a (phase, step, updates) for each kill."""
-    rng, known, seen = random.Random(seed), None, []
+    rng = random.Random(seed)
+    known = None
+    seen = []
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(kill, flags):
@@ -113,7 +122,7 @@ def kill_often(script, flags, kills, cwd, seed=0, steps=(200, 2000)):
         known = check(folders[0], known) if folders else None
         counted = (known["step"], known["updates"]) if known else (0, 0)
         seen.append((PHASES[kill % 4], *counted))
-        if known is None:  # nothing to resume: the run begins anew
+        if known is None:  # killed before its first checkpoint: the run begins anew
             for folder in folders:
                 folder.rename(Path(cwd) / f"lost_{kill}")
             process = start(kill + 1, flags)

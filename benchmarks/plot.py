@@ -1,7 +1,7 @@
 """Draws the pinned curves and writes the tables of results, from committed files alone.
 
     python benchmarks/plot.py             benchmarks/plots/*.png, benchmarks/README.md and the
-                                          results table of README.md
+                                          results table of docs/results.md
     python benchmarks/plot.py --tables    the tables alone
     python benchmarks/plot.py --curves runs/benchmarks/curves --out plots     unpinned curves
 
@@ -31,7 +31,7 @@ GROUPS = {
 }  # fmt: skip
 ABOUT = """# Learning curves
 
-This file, the plots and the results table of the main README are written by
+This file, the plots and the table of [results](../docs/results.md) are written by
 `python benchmarks/plot.py` from the curves and cards in [`curves`](curves), the tasks in
 [`tasks.yaml`](tasks.yaml) and [`published.csv`](published.csv), the authors' figures.
 A card has the command of its curve, all hyperparameters, versions, hardware and hours.
@@ -84,7 +84,7 @@ def spelled(values):
 
 
 def table(tasks, folder):
-    """Markdown rows of what the tasks reached; links are relative to `folder` of the project.
+    """Markdown rows of what the tasks reached; `folder` leads from the text to benchmarks/.
 
     The authors' median (and range) over seeds lies on a line between their nearest two frames.
     """
@@ -112,7 +112,8 @@ def table(tasks, folder):
 
 def between(text, name, new=None):
     """The part of a text between the markers of a name, or the text with a new such part."""
-    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    begin = f"<!-- {name}:begin -->\n"
+    end = f"<!-- {name}:end -->"
     before, rest = text.split(begin)
     old, after = rest.split(end)
     return old if new is None else f"{before}{begin}{new}\n{end}{after}"
@@ -144,10 +145,10 @@ def horizons(tasks):
 
 
 def write_tables(tasks):
-    """Writes benchmarks/README.md and the results table of README.md."""
-    readme = records.ROOT / "README.md"
+    """Writes benchmarks/README.md and the table of docs/results.md."""
+    results = records.ROOT / "docs" / "results.md"
     main = [task for task in tasks if task["group"] in ("cpu", "gpu")]
-    readme.write_text(between(readme.read_text(), "results", table(main, "benchmarks/")))
+    results.write_text(between(results.read_text(), "results", table(main, "../benchmarks/")))
     (records.ROOT / "benchmarks" / "README.md").write_text(report(tasks))
 
 

@@ -18,14 +18,19 @@ from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import yaml
 
 ROOT = Path(__file__).parent.parent
 CURVES = ROOT / "benchmarks" / "curves"
-COLUMNS = "script commit env_id seed env_frames updates episode_return kind wall_hours".split()
-PACKAGES = "torch numpy gymnasium dm_control mujoco ale-py".split()
+COLUMNS = [
+    "script", "commit", "env_id", "seed", "env_frames", "updates", "episode_return", "kind",
+    "wall_hours",
+]  # fmt: skip
+PACKAGES = ["torch", "numpy", "gymnasium", "dm_control", "mujoco", "ale-py"]
+SCRIPTS = ["dreamerv1.py", "dreamerv2.py", "common.py", "runtime.py"]
 THREADS = threading.Lock()  # for a lock on a file holds between processes alone
 
 
@@ -60,9 +65,7 @@ def commit():
         except FileNotFoundError:
             return ""
 
-    changed = git(
-        "status", "--porcelain", "--", "dreamerv1.py", "dreamerv2.py", "common.py", "distributed.py"
-    )
+    changed = git("status", "--porcelain", "--", *SCRIPTS)
     head = git("rev-parse", "--short", "HEAD").strip() or "unknown"
     return head + "+" * bool(changed.strip())
 
@@ -88,9 +91,10 @@ def launcher(processes):
 def command(script, args, processes=1):
     """The command line of a run: its id and what differs from the preset, without the seed."""
     sys.path.insert(0, str(ROOT))
-    common, module = import_module("common"), import_module(script)
-    preset = module.PRESETS[common.preset_name(args["env_id"], args["observation"])]
-    default = asdict(module.Args()) | preset | {k: args[k] for k in ("env_id", "seed")}
+    module = import_module(script)
+    chosen = import_module("common").choose_preset(SimpleNamespace(**args))
+    default = asdict(module.Args()) | module.PRESETS[chosen]
+    default |= {k: args[k] for k in ("env_id", "seed")}
     words = ["python", *launcher(processes), f"{script}.py --env-id {args['env_id']}"]
     for key, value in args.items():
         flag = key.replace("_", "-")
@@ -114,7 +118,8 @@ def add(run, name, script, folder, commits):
     path = folder / f"{name}.csv"
     args = yaml.safe_load((Path(run) / "args.yaml").read_text())
     log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    seed, rows = args["seed"], []
+    seed = args["seed"]
+    rows = []
     for row in log:
         for kind, tag in (("train", "charts"), ("eval", "eval")):
             if (ret := row.get(f"{tag}/episodic_return")) is not None:

@@ -6,7 +6,8 @@
     python benchmarks/run.py cpu --cluster slurm --cluster-options slurm_partition=a timeout_min=60
 
 What follows -- goes to every run. The same command again goes on where it stopped: finished runs
-are skipped, the others resume from their last checkpoint. An interrupt lets every run save itself.
+are skipped, the others go on from their last checkpoint. An interrupt lets every run save itself.
+Each has OUT/TASK/seed-N with its log and its run folder, OUT/TASK/seed-N/run.
 Curves go to OUT/curves, or with --pin to benchmarks/curves. Exit code 1 if a run failed.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,53 +31,57 @@ class Job:
     """A task with a seed, in a folder of its own; called, it runs and returns the exit code."""
 
     def __init__(self, name, flags, seed, args, processes=1):
-        self.name, self.seed, self.curves = name, seed, args.curves
+        self.name = name
+        self.seed = seed
+        self.curves = args.curves
         self.processes = processes
         self.script, *flags = flags
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
+        self.run = self.folder / "run"
         # The scripts are told how many cores are theirs; presets of small networks take one.
         threads = str(max(1, (os.cpu_count() or 1) // args.jobs // processes))
         self.environ = {} if args.cluster else {"OMP_NUM_THREADS": threads}
-        self.process, self.stopped = None, False
+        self.process = None
+        self.stopped = False
 
     def __str__(self):
         return f"{self.name} seed {self.seed}"
 
-    def run_folder(self):
-        """The run folder to go on with, or None."""
-        folders = [path.parent for path in self.folder.glob("runs/*/checkpoint*.pt")]
-        return max(folders, default=None)
-
     def command(self):
-        script, run = str(records.ROOT / self.script), self.run_folder()
-        flags = self.flags
-        if run:
-            at = flags.index("--env-id")
-            flags = ["--resume", str(run.relative_to(self.folder)), *flags[at : at + 2]]
-        return [sys.executable, *records.launcher(self.processes), script, *flags]
+        """Begins the run or goes on with it, whichever it takes."""
+        script = str(records.ROOT / self.script)
+        launcher = records.launcher(self.processes)
+        return [sys.executable, *launcher, script, "--resume", self.run.name, *self.flags]
 
     def finished(self):
         return (self.folder / "finished").exists()
 
     def check(self):
         """Ends with one line if the folder holds a run with other flags than these."""
-        path, mine = self.folder / "flags", shlex.join([self.script, *self.flags])
-        if path.exists() and path.read_text() != mine:
+        path = self.folder / "flags"
+        if path.exists() and path.read_text() != shlex.join([self.script, *self.flags]):
             sys.exit(f"error: {self.folder} ran {path.read_text()}, choose another --out")
 
     def record(self):
         """Adds the run to the curve of its task, in place of an earlier one of its seed."""
         commits = (self.folder / "commits").read_text().split()
         script = self.script.removesuffix(".py")
-        records.record(self.run_folder(), self.name, script, self.curves, commits)
+        records.record(self.run, self.name, script, self.curves, commits)
 
     def recorded(self):
         path = self.curves / f"{self.name}.csv"
         return path.exists() and self.seed in records.read_curve(path)
 
+    def discard_unsaved(self):
+        """Removes a run that ended before its first checkpoint, which nobody can go on with."""
+        saved = [self.run / name for name in ("checkpoint.pt", "checkpoint.old.pt")]
+        if self.run.exists() and not any(path.exists() for path in saved):
+            shutil.rmtree(self.run)
+
     def __call__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.discard_unsaved()
         (self.folder / "flags").write_text(shlex.join([self.script, *self.flags]))
         with open(self.folder / "commits", "a") as file:
             file.write(records.commit() + "\n")
@@ -107,7 +113,8 @@ class Job:
         self.stop()
         # Called from a signal handler, while `__call__` holds the lock of Popen.wait.
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        self.process, self.stopped = None, False
+        self.process = None
+        self.stopped = False
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -204,7 +211,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     mine = list(itertools.takewhile(lambda word: word != "--", argv))
     args = parser.parse_args(mine)
-    args.flags, args.out = argv[len(mine) + 1 :], args.out.resolve()
+    args.flags = argv[len(mine) + 1 :]
+    args.out = args.out.resolve()
     args.curves = records.CURVES if args.pin else args.out / "curves"
     if args.jobs < 1:
         sys.exit(f"error: --jobs is {args.jobs}, it must be at least 1")

@@ -41,7 +41,9 @@ def measure(pid):
 
 def soak(script, flags, minutes, settle=5.0, window=2.0, cwd=None):
     """Runs and stops it -> a report as a dict."""
-    cwd, samples, began = cwd or tempfile.mkdtemp(prefix="soak_"), [], time.monotonic()
+    cwd = cwd or tempfile.mkdtemp(prefix="soak_")
+    samples = []
+    began = time.monotonic()
     with open(Path(cwd) / "soak.log", "w") as log:
         command = [sys.executable, str(ROOT / script), *flags]
         process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)

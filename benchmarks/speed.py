@@ -40,14 +40,14 @@ WORKLOADS = {
         "what": "V1, 64 x 64 x 3, 6 continuous actions, batch 50 x 50, horizon 15",
         "script": "dreamerv1", "preset": "dmc_pixels", "changes": {},
         "shapes": {"image": [3, 64, 64]}, "actions": 6, "discrete": False,
-        "env": {"env_id": "dm_control/walker-walk-v0", "action_repeat": 2},
+        "env_id": "dm_control/walker-walk-v0",
         "sheeprl": {"horizon": 15}, "updates": 1,
     },
     "W2": {
         "what": "V2, 64 x 64 x 1, 6 discrete actions, batch 16 x 50, horizon 15",
         "script": "dreamerv2", "preset": "atari", "changes": {},
         "shapes": {"image": [1, 64, 64]}, "actions": 6, "discrete": True,
-        "env": {"env_id": "PongNoFrameskip-v4", "action_repeat": 4, "grayscale": True},
+        "env_id": "PongNoFrameskip-v4",
         "sheeprl": {"horizon": 15, "world_model.use_continues": True}, "updates": 1,
     },
     "W3": {
@@ -55,7 +55,7 @@ WORKLOADS = {
         "script": "dreamerv2", "preset": "other",
         "changes": {"batch_size": 16, "norm": "none", "act": "elu"},  # the networks of the peer
         "shapes": {"vector": [4]}, "actions": 2, "discrete": True,
-        "env": {"env_id": "CartPole-v1"},
+        "env_id": "CartPole-v1",
         "sheeprl": dict(word.split("=") for word in SMALL.split()), "updates": 10,
     },
     "atari50": {
@@ -82,28 +82,24 @@ def prepare(work):
     import torch
 
     import common
+    import runtime
 
     module = importlib.import_module(work["script"])
-    device = common.setup(1, work["device"] == "cuda", False, work["threads"])
+    device = runtime.setup(1, work["device"] == "cuda", False, work["threads"])
     changes = module.PRESETS[work["preset"]] | work["changes"] | {"precision": work["precision"]}
-    args = module.Args(**changes)
-    continuous = "tanh_normal" if work["script"] == "dreamerv1" else "trunc_normal"
-    args.actor_dist = "onehot" if work["discrete"] else continuous
-    if work["script"] == "dreamerv2":
-        args.actor_grad = "reinforce" if work["discrete"] else "dynamics"
+    args = module.Args(**changes, compile=work["mode"] == "compile")
+    module.resolve_auto(args, device, work["discrete"])
     size = work["actions"]
     shapes = {k: tuple(v) for k, v in work["shapes"].items()} | {"action": (size,)}
     agent = module.make_agent(shapes, args).to(device)
-    parts = {"agent": agent, **module.make_optimizers(agent, args)}
-    model, rssm = agent["world_model"], agent["world_model"].rssm
-    if work["mode"] == "compile":
-        rssm.obs_step, rssm.img_step = map(torch.compile, (rssm.obs_step, rssm.img_step))
-    record = partial(common.Captured, device=device, enabled=work["mode"] != "eager")
+    optimizers = module.make_optimizers(agent, args)
+    model = agent["world_model"]
+    record = partial(runtime.Captured, device=device, enabled=work["mode"] != "eager")
 
-    rows = {k: (v, np.uint8 if k == "image" else np.float32) for k, v in shapes.items()}
-    rows |= {"reward": ((), np.float32), "is_first": ((), bool), "is_terminal": ((), np.float32)}
+    rows = shapes | {"reward": (), "is_first": (), "is_terminal": ()}
     rng = np.random.default_rng(1)
-    replay = common.Replay(tempfile.mkdtemp(prefix="speed_"), 2000, rows, 1, 1, device)
+    folder = tempfile.mkdtemp(prefix="speed_")
+    replay = common.Replay(folder, 2000, rows, num_envs=1, device=device)
     for step in range(2000):
         row = {"reward": rng.normal(size=1), "is_first": np.zeros(1), "is_terminal": np.zeros(1)}
         action = np.eye(size)[[step % size]] if work["discrete"] else rng.uniform(-1, 1, size)
@@ -123,8 +119,9 @@ def prepare(work):
         wait()
         return batch
 
-    plain = partial(module.update, agent, parts, args=args)
-    batch, learn = sample(), record(plain)
+    plain = partial(module.update, agent, optimizers, args=args)
+    learn = record(plain)
+    batch = sample()
 
     def update():
         metrics = learn(batch)
@@ -148,7 +145,7 @@ def prepare(work):
     def acting(num_envs):
         act = record(partial(module.policy, agent))
         row = {k: np.repeat(v[0, :1].cpu().numpy(), num_envs, 0) for k, v in batch.items()}
-        state = rssm.initial(num_envs)
+        state = model.rssm.initial(num_envs)
 
         def policy():
             nonlocal state
@@ -158,11 +155,12 @@ def prepare(work):
         return policy
 
     def environment():
-        envs, done = common.make_envs(1, seed=1, **work["env"]), np.ones(1, bool)
+        args = module.Args(env_id=work["env_id"], **module.PRESETS[work["preset"]])
+        envs = common.Envs(args, 1)
 
         def step():
-            nonlocal done
-            _, done, _ = common.step_rows(envs, common.random_actions(envs, rng), done)
+            envs.send(envs.random_actions())
+            envs.receive()
 
         return step
 
@@ -175,7 +173,7 @@ def prepare(work):
     functions |= {"policy": acting(1), "sample": sample, "sample and update": sample_and_update}
     if device.type == "cuda":
         functions |= {"policy 8": acting(8), "policy 16": acting(16)}
-    if "env" in work:
+    if "env_id" in work:
         functions["environment"] = environment()
     counts = [sum(p.numel() for p in v.parameters()) for v in agent.values()][:3]
     return functions, counts
@@ -188,7 +186,8 @@ def limit(work, functions):
 
     with FlopCounterMode(display=False) as counter:
         functions["plain update"]()  # a replayed graph would count nothing
-    dtype, size = getattr(torch, work["precision"]), 8192 if work["device"] == "cuda" else 2048
+    dtype = getattr(torch, work["precision"])
+    size = 8192 if work["device"] == "cuda" else 2048
     x, y = (torch.randn(size, size, dtype=dtype, device=work["device"]) for _ in range(2))
     seconds = []
     for _ in range(12):
@@ -307,10 +306,11 @@ def measure(name, args, **options):
             worker.run("update", work["updates"])
             worker.peak = worker.run("policy", 20)
     for what in args.parts:
-        if what == "environment" and "env" not in work:
+        if what == "environment" and "env_id" not in work:
             continue
         quick = what in ("environment", "sample") or "policy" in what
-        mine.run(what, 5, keep=False) if quick or args.gpu else None
+        if quick or args.gpu:
+            mine.run(what, 5, keep=False)
         mine.run(what, 100 if quick else 10 if args.gpu else 3)
     report["limit"] = mine.ask("limit")["limit"]
     for key, worker in workers.items():
@@ -355,7 +355,8 @@ def machine():
 
 
 def main(args):
-    about, reports = machine() | {"threads": args.threads, "mode": args.mode}, []
+    about = machine() | {"threads": args.threads, "mode": args.mode}
+    reports = []
     print(json.dumps(about))
     if args.scaling:
         plan = [(args.scaling, {})]

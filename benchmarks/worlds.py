@@ -29,7 +29,8 @@ class World(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  as in gymnasium
 
     def __init__(self, render_mode=None):
-        self.render_mode, self.image = render_mode, None
+        self.render_mode = render_mode
+        self.image = None
 
     def render(self):
         return self.image
@@ -40,7 +41,8 @@ class Crafter(World):
 
     def __init__(self, reward=True, **kwargs):
         super().__init__(**kwargs)
-        self.crafter, self.reward = needs("crafter", "crafter"), reward
+        self.crafter = needs("crafter", "crafter")
+        self.reward = reward
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = Discrete(17)
 
@@ -63,7 +65,8 @@ class MemoryMaze(World):
     def __init__(self, size, **kwargs):
         super().__init__(**kwargs)
         self.make = getattr(needs("memory_maze.tasks", "memory-maze"), f"memory_maze_{size}")
-        image, color = Box(0, 255, (64, 64, 3), np.uint8), Box(0, 1, (3,), np.float64)
+        image = Box(0, 255, (64, 64, 3), np.uint8)
+        color = Box(0, 1, (3,), np.float64)
         self.observation_space = Dict({"image": image, "target_color": color})
         self.action_space = Discrete(6)
 
@@ -93,7 +96,8 @@ class Procgen(World):
             procgen.ProcgenGym3Env, num=1, env_name=game, num_levels=levels
         )
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
-        self.action_space, self.env = Discrete(15), None
+        self.action_space = Discrete(15)
+        self.env = None
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -155,13 +159,19 @@ def minatar(game, render_mode=None):
     return gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
 
 
-PROCGEN = """bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper
-    leaper maze miner ninja plunder starpilot""".split()
-BRAX = """ant halfcheetah hopper humanoid inverted_pendulum inverted_double_pendulum reacher
-    swimmer walker2d""".split()
-MINIGRID = """Empty-5x5 Empty-8x8 DoorKey-5x5 DoorKey-6x6 FourRooms MemoryS7 LavaGapS5 LavaGapS7
-    KeyCorridorS3R3 Dynamic-Obstacles-5x5""".split()
-MINATAR = "asterix breakout freeway seaquest space_invaders".split()
+PROCGEN = [
+    "bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball", "fruitbot",
+    "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot",
+]  # fmt: skip
+BRAX = [
+    "ant", "halfcheetah", "hopper", "humanoid", "inverted_pendulum", "inverted_double_pendulum",
+    "reacher", "swimmer", "walker2d",
+]  # fmt: skip
+MINIGRID = [
+    "Empty-5x5", "Empty-8x8", "DoorKey-5x5", "DoorKey-6x6", "FourRooms", "MemoryS7", "LavaGapS5",
+    "LavaGapS7", "KeyCorridorS3R3", "Dynamic-Obstacles-5x5",
+]  # fmt: skip
+MINATAR = ["asterix", "breakout", "freeway", "seaquest", "space_invaders"]
 MAZES = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # steps of an episode
 
 

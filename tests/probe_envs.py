@@ -18,7 +18,9 @@ class Probe(gym.Env):
     """A probe says what it begins with, and what follows an action."""
 
     def __init__(self, continuous=False, pixels=False, render_mode=None):
-        self.continuous, self.pixels, self.render_mode = continuous, pixels, render_mode
+        self.continuous = continuous
+        self.pixels = pixels
+        self.render_mode = render_mode
         self.action_space = gym.spaces.Discrete(2)
         if continuous:
             self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -30,7 +32,8 @@ class Probe(gym.Env):
         if not self.pixels:
             return np.array([first, second], np.float32)
         image = np.empty((64, 64, 1), np.uint8)
-        image[:, :32], image[:, 32:] = 255 * (first + 1) / 2, 255 * (second + 1) / 2
+        image[:, :32] = 255 * (first + 1) / 2
+        image[:, 32:] = 255 * (second + 1) / 2
         return image
 
     def reset(self, *, seed=None, options=None):
@@ -100,7 +103,7 @@ class Terminal(Probe):
 
 
 for probe in (Constant, Observation, Action, Delayed, Terminal):
-    for kind in (0, 1), (0, 0), (1, 0), (1, 1):
-        continuous, pixels = map(bool, kind)
-        name = f"Probe{probe.__name__}{'Continuous' * continuous}{'Pixels' * pixels}-v0"
-        gym.register(name, probe, kwargs={"continuous": continuous, "pixels": pixels})
+    for continuous in (False, True):
+        for pixels in (False, True):
+            name = f"Probe{probe.__name__}{'Continuous' * continuous}{'Pixels' * pixels}-v0"
+            gym.register(name, probe, kwargs={"continuous": continuous, "pixels": pixels})

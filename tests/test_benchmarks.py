@@ -21,12 +21,16 @@ import yaml
 import common
 import dreamerv1
 import dreamerv2
+import runtime
 
 SCRIPTS = {"dreamerv1": dreamerv1, "dreamerv2": dreamerv2}
 ROOT = Path(__file__).parent.parent
-TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
-    --imag-horizon 3 --prefill 100 --pretrain 2 --replay-size 1000 --eval-episodes 1 --threads 1
-    --log-every 100""".split()
+TINY = [
+    "--batch-size", "3", "--batch-length", "7", "--deter", "16", "--hidden", "16", "--units", "16",
+    "--stoch", "3", "--cnn-depth", "2", "--imag-horizon", "3", "--prefill", "100",
+    "--pretrain", "2", "--replay-size", "1000", "--eval-episodes", "1", "--threads", "1",
+    "--log-every", "100",
+]  # fmt: skip
 
 
 def write_curve(path, seeds, frames=10_000, untrained=20.0):
@@ -68,7 +72,7 @@ def test_the_tail_is_the_mean_of_the_evaluations_in_the_last_tenth():
 
 def test_the_area_weighs_an_episode_by_its_frames():
     rows = [(10, 1.0, "train"), (40, 2.0, "train"), (40, 99.0, "eval"), (100, 3.0, "train")]
-    keys = "env_frames episode_return kind".split()
+    keys = ["env_frames", "episode_return", "kind"]
     rows = [dict(zip(keys, row, strict=True)) for row in rows]
     assert records.area(rows, 100) == pytest.approx((10 * 1 + 30 * 2 + 60 * 3) / 100)
     assert records.area(rows, 50) == pytest.approx((10 * 1 + 30 * 2) / 40)
@@ -192,7 +196,8 @@ def test_the_pinned_curves_are_whole_and_as_their_cards_say(tmp_path):
 
 def args_of(task):
     script = SCRIPTS[task["script"]]
-    return common.parse_args(script.Args, script.PRESETS, task["command"].split()[1:])
+    argv = task["command"].split()[1:]
+    return runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, argv)
 
 
 def test_each_card_has_the_hyperparameters_of_its_task():
@@ -200,18 +205,17 @@ def test_each_card_has_the_hyperparameters_of_its_task():
         told, args = task["card"]["args"], vars(args_of(task))
         assert len(set(told) & set(args)) > 50  # of older commits, some flags are gone or lacking
         differing = {k for k in set(told) & set(args) if told[k] != args[k]}
-        differing -= {"diagnose_every"}  # nothing that is learned depends on it
         assert not differing, task["name"]
         words = ["python", *records.launcher(task.get("processes", 1)), f"{task['script']}.py "]
         assert task["card"]["command"].startswith(" ".join(words))
 
 
-def test_the_tables_of_both_readmes_are_those_of_the_curves():
+def test_the_tables_of_results_are_those_of_the_curves():
     tasks = list(plot.pinned(records.CURVES))
     assert len(tasks) >= 5
     main = [task for task in tasks if task["group"] in ("cpu", "gpu")]
-    readme = (ROOT / "README.md").read_text()
-    assert plot.between(readme, "results") == plot.table(main, "benchmarks/") + "\n"
+    results = (ROOT / "docs" / "results.md").read_text()
+    assert plot.between(results, "results") == plot.table(main, "../benchmarks/") + "\n"
     assert (ROOT / "benchmarks" / "README.md").read_text() == plot.report(tasks)
 
 
@@ -241,17 +245,8 @@ def test_the_authors_figures_have_a_source_and_lie_between_their_extremes():
 
 def test_a_dry_run_prints_scripts_times_ids_times_seeds(tmp_path, capsys):
     ids = ["CartPole-v1", "dm_control/walker-walk-v0"]
-    argv = [
-        "--scripts",
-        "dreamerv1",
-        "dreamerv2",
-        "--env-ids",
-        *ids,
-        "--seeds",
-        "1",
-        "5",
-        "--dry-run",
-    ]
+    argv = ["--scripts", "dreamerv1", "dreamerv2", "--env-ids", *ids, "--seeds", "1", "5"]
+    argv += ["--dry-run"]
     assert run.main([*argv, "--out", str(tmp_path), "--", "--units", "32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
@@ -321,17 +316,21 @@ def test_an_interrupted_grid_saves_its_runs_and_goes_on_where_it_stopped(tmp_pat
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "dreamerv2-CartPole-v1" / "seed-3"
     deadline = time.monotonic() + 120
-    while not any("losses" in path.read_text() for path in log.glob("runs/*/metrics.jsonl")):
+    while not any("losses" in path.read_text() for path in log.glob("run/metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "seed 3" in err
-    assert len(list(log.glob("runs/*/checkpoint.pt"))) == 1
+    assert (log / "run" / "checkpoint.pt").exists()
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert len(list(log.glob("runs/*"))) == 1
-    assert "--resume" in (log / "log.txt").read_text()
+    lines = (log / "log.txt").read_text().splitlines()
+    began = [line for line in lines if line.startswith("$")]
+    assert len(began) == 2
+    assert began[0] == began[1]  # one command begins the run and goes on with it
+    assert "a new run begins in run" in lines
+    assert "the run in run goes on" in lines
     curves = records.read_curve(tmp_path / "curves" / "dreamerv2-CartPole-v1.csv")
     assert records.last_frame(curves[3]) == 1500
     frames = [row["env_frames"] for row in curves[3] if row["kind"] == "train"]
@@ -375,6 +374,19 @@ def test_a_stop_before_the_process_has_begun_is_not_lost(tmp_path):
     began = time.monotonic()
     assert job() != 0
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("saved", ["checkpoint.pt", "checkpoint.old.pt", None])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, saved):
+    job = job_of(tmp_path, ["true"])
+    job.record = lambda: None
+    job.run.mkdir(parents=True)
+    (job.run / "args.yaml").touch()
+    (job.run / "checkpoint.new.pt").touch()  # half written
+    if saved:
+        (job.run / saved).touch()
+    assert job() == 0
+    assert job.run.exists() == (saved is not None)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,22 @@ def finish(process, code=0, timeout=120):
 
 
 def torchrun(script, count, flags, cwd, options="", root=ROOT):
-    return start(script, flags, cwd, root, torchrun=f"--nproc-per-node {count} {options}")
+    job = start(script, flags, cwd, root, torchrun=f"--nproc-per-node {count} {options}")
+    jobs.append(job)
+    return job
+
+
+jobs = []
+
+
+@pytest.fixture(autouse=True)
+def end_jobs():
+    """Ends what a test that fails leaves behind."""
+    yield
+    for job in jobs:
+        job.terminate()
+        job.communicate()
+    jobs.clear()
 
 
 def rows_of(folder):
@@ -57,9 +72,9 @@ def saved_step(folder):
         return 0
 
 
-def has_logged(run, text):
-    """Whether a log has the text; run: a pattern for run folders."""
-    return any(text in (folder / "metrics.jsonl").read_text() for folder in run)
+def has_logged(cwd, text):
+    """Whether the log of any run there has the text."""
+    return any(text in path.read_text() for path in cwd.glob("runs/*/metrics.jsonl"))
 
 
 def rows_in_replays(folder):
@@ -151,7 +166,7 @@ def test_a_run_of_several_processes_counts_frames_updates_and_episodes_as_one_do
 def test_a_signal_to_torchrun_saves_and_resume_restores_every_replay(tmp_path):
     flags = f"{FLAGS['dreamerv2.py']} --num-envs 2 --async-envs --total-frames 100000"
     process = torchrun("dreamerv2.py", 2, flags, tmp_path)
-    wait_until(lambda: has_logged(tmp_path.glob("runs/*"), '"updates": 5'))
+    wait_until(lambda: has_logged(tmp_path, '"updates": 5'))
     process.send_signal(signal.SIGTERM)
     out, err = finish(process, 1)
     [folder] = tmp_path.glob("runs/*")
@@ -186,7 +201,7 @@ def test_a_job_that_is_queued_again_with_the_same_command_goes_on(script, tmp_pa
     flags = f"--resume runs/x {FLAGS[script]} --total-frames 2000"
     folder = tmp_path / "runs" / "x"
     job = torchrun(script, 2, flags, tmp_path)
-    wait_until(lambda: has_logged(tmp_path.glob("runs/x"), '"updates": 5'))
+    wait_until(lambda: has_logged(tmp_path, '"updates": 5'))
     job.send_signal(signal.SIGTERM)
     out, _ = finish(job, 1)
     assert out.startswith("a new run begins in runs/x\n")
@@ -304,7 +319,7 @@ def test_each_process_draws_noise_of_its_own_and_still_has_the_networks_of_the_o
     (tmp_path / "job.py").write_text(text)
     folder = tmp_path / "runs" / "x"
     replays = [folder / "replay", folder / "rank1" / "replay"]
-    flags = f"{FLAGS[script]} --env-id Clock-v0 --resume runs/x"
+    flags = f"{FLAGS[script]} --env-id Clock-v0 --batch-size 16 --resume runs/x"
     for total in (200, 300):  # the second job goes on with the first one's run
         finish(torchrun("job.py", 2, f"{flags} --total-frames {total}", tmp_path, root=tmp_path))
         one, other = (np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1))

@@ -285,7 +285,8 @@ def test_opt_step_clips_by_the_global_norm_and_says_what_it_was(script):
 
 @per_script
 def test_opt_step_moves_only_the_parameters_of_its_optimizer(script):
-    mine, other = nn.Linear(3, 2), nn.Linear(2, 1)
+    mine = nn.Linear(3, 2)
+    other = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(mine.parameters(), lr=1.0)
     before = {k: v.clone() for k, v in other.state_dict().items()}
     old = mine.weight.detach().clone()
@@ -297,7 +298,8 @@ def test_opt_step_moves_only_the_parameters_of_its_optimizer(script):
 
 @per_script
 def test_gradients_flow_through_another_module_and_leave_nothing_there(script):
-    mine, other = nn.Linear(3, 2), nn.Linear(2, 1)
+    mine = nn.Linear(3, 2)
+    other = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(mine.parameters(), lr=1.0)
     old = mine.weight.detach().clone()
     norm = script.opt_step(optimizer, other(mine(torch.ones(5, 3))).sum(), 100.0)
@@ -333,7 +335,8 @@ def test_a_parameter_that_requires_no_gradient_stays_as_it_is(script):
 
 @per_script
 def test_a_parameter_that_the_loss_does_not_reach_stays_as_it_is(script):
-    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    used = nn.Parameter(torch.ones(2))
+    unused = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([used, unused], lr=1.0, weight_decay=0.5)
     script.opt_step(optimizer, used.sum(), 100.0)
     assert used.max() < 1
@@ -363,7 +366,8 @@ def test_metrics_name_the_first_update_and_its_losses_that_are_not_finite():
     for updates in range(3):
         metrics.record(good, updates)
     assert metrics.read() == dict.fromkeys(good, 1.0)
-    nan, inf = torch.tensor(float("nan")), torch.tensor(-float("inf"))
+    nan = torch.tensor(float("nan"))
+    inf = torch.tensor(-float("inf"))
     metrics.record(good | {"kl": nan, "actor": inf}, 3)
     metrics.record(dict.fromkeys(good, nan), 4)
     metrics.record(good, 5)
@@ -431,8 +435,10 @@ def test_a_run_that_diverged_writes_no_checkpoint(tmp_path):
 @pytest.fixture
 def settings():
     """Puts back what setup sets for the whole process."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    rng, checks = torch.get_rng_state(), td.Distribution._validate_args
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    rng = torch.get_rng_state()
+    checks = td.Distribution._validate_args
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)

@@ -3,20 +3,27 @@
 import contextlib
 import copy
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 from processes import start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import dreamerv1
 import dreamerv2
+import runtime
 
 T, B, V, A = 9, 4, 5, 3
 CPU = torch.device("cpu")
@@ -41,7 +48,7 @@ gpu = [
 
 @pytest.fixture(autouse=True)
 def set_up():
-    common.setup(1, cuda=False, deterministic=False, threads=1)
+    runtime.setup(1, cuda=False, deterministic=False, threads=1)
 
 
 @pytest.fixture(params=KINDS)
@@ -78,19 +85,26 @@ def make_batch(seed):
 
 
 def learner(kind, device="cpu", **changes):
+    """The update of a fresh agent, and what it changes."""
     script, agent, optimizers, args = make(kind, device, **changes)
-    parts = {"agent": agent, **optimizers}
-    return partial(script.update, agent, parts, args=args), parts
+    return partial(script.update, agent, optimizers, args=args), {"agent": agent, **optimizers}
+
+
+REFUSED = "operation not permitted when stream is capturing\n  CUDA kernel errors might be\n"
 
 
 class FakeGraph:
     """Stands in for a CUDA graph on a CPU: runs its function again, into the same outputs.
 
-    As on a GPU, what is recorded has no effect until it is replayed.
+    As on a GPU, what is recorded computes nothing until it is replayed: parts keep their states,
+    gradients and outputs are garbage. fails: None, or where the recording raises an error.
     """
 
-    def __init__(self, parts=()):
-        self.parts, self.recording, self.replays = parts, False, 0
+    def __init__(self, parts=(), fails=None):
+        self.parts = parts
+        self.fails = fails  # entry | inside | exit
+        self.recording = False
+        self.replays = 0
 
     def wrap(self, function):
         def call(*inputs):
@@ -98,10 +112,18 @@ class FakeGraph:
                 return function(*inputs)
             before = [copy.deepcopy(part.state_dict()) for part in self.parts]
             rng = torch.get_rng_state()
-            self.function, self.inputs, self.outputs = function, inputs, function(*inputs)
-            torch.set_rng_state(rng)
+            self.function = function
+            self.inputs = inputs
+            self.outputs = function(*inputs)
+            fill_with_nan(self.outputs)
             for part, state in zip(self.parts, before, strict=True):
                 part.load_state_dict(state)
+                if isinstance(part, torch.nn.Module):
+                    fill_with_nan([p.grad for p in part.parameters() if p.grad is not None])
+            if self.fails is None:  # else the generator may be left anywhere
+                torch.set_rng_state(rng)
+            if self.fails == "inside":
+                raise RuntimeError(REFUSED)
             return self.outputs
 
         return call
@@ -109,6 +131,7 @@ class FakeGraph:
     def replay(self):
         self.replays += 1
         assert not self.recording
+        assert self.fails is None
         copy_into(self.outputs, self.function(*self.inputs))
 
 
@@ -121,31 +144,78 @@ def copy_into(old, new):
             copy_into(old[key], new[key])
 
 
+def fill_with_nan(old):
+    """Overwrites tensors, in dicts, tuples and lists of them."""
+    if isinstance(old, torch.Tensor):
+        old.detach().fill_(torch.nan)
+    else:
+        for value in old.values() if isinstance(old, dict) else old:
+            fill_with_nan(value)
+
+
+class FakeStreams:
+    """Stands in for CUDA's streams: knows which one is the current one."""
+
+    class Stream:
+        def wait_stream(self, other):
+            assert isinstance(other, FakeStreams.Stream)
+
+    def __init__(self):
+        self.usual = self.Stream()
+        self.current = self.usual
+
+    def put_in_place(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", self.set_stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before = self.current
+        self.current = stream
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        """Records; after an error the side stream is still the current one."""
+        if graph.fails == "entry":
+            raise RuntimeError(REFUSED)
+        self.current = stream
+        graph.recording = True
+        try:
+            yield
+        finally:
+            graph.recording = False
+        if graph.fails == "exit":
+            raise RuntimeError(REFUSED)
+        self.current = self.usual
+
+
 @pytest.fixture
-def capture(monkeypatch):
+def streams(monkeypatch):
+    fake = FakeStreams()
+    fake.put_in_place(monkeypatch)
+    return fake
+
+
+@pytest.fixture
+def capture(streams):
     """A `Captured` whose graph is a fake one -> captured, graph."""
 
-    def make_captured(function, parts=()):
-        graph = FakeGraph(parts)
-        captured = common.Captured(graph.wrap(function), CPU, True)
+    def make_captured(function, parts=(), fails=None):
+        graph = FakeGraph(parts, fails)
+        captured = runtime.Captured(graph.wrap(function), CPU, True)
         assert captured.graph is None  # on a CPU nothing is captured
         captured.graph = graph
         return captured, graph
 
-    @contextlib.contextmanager
-    def record(graph, stream):
-        graph.recording = True
-        yield
-        graph.recording = False
-
-    class Stream:
-        def wait_stream(self, other):
-            assert isinstance(other, Stream)
-
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return make_captured
 
 
@@ -198,17 +268,195 @@ def test_acting_by_replay_gives_the_plain_actions_and_states(kind, capture):
     batch = make_batch(3)
     rows = [{k: v[t].numpy() for k, v in batch.items()} for t in range(T)]
     results = []
-    for function in (common.Captured(act, CPU, True), captured):
+    for function in (runtime.Captured(act, CPU, True), captured):
         torch.manual_seed(4)
-        state, done = agent["world_model"].rssm.initial(B), []
-        for row in rows:
-            action, state = function(row, state)
-            done.append((action.clone(), {k: v.clone() for k, v in state.items()}))
-        results.append(done)
-    for (action, state), (other_action, other_state) in zip(*results, strict=True):
+        results.append(acted(function, agent, rows))
+    assert_same_actions(*results)
+
+
+def acted(function, agent, rows):
+    """The actions and states of a policy that meets the rows one after another."""
+    state = agent["world_model"].rssm.initial(B)
+    done = []
+    for row in rows:
+        action, state = function(row, state)
+        done.append((action.clone(), {k: v.clone() for k, v in state.items()}))
+    return done
+
+
+def assert_same_actions(done, others):
+    for (action, state), (other_action, other_state) in zip(done, others, strict=True):
         assert torch.equal(action, other_action)
         assert state.keys() == other_state.keys() == {"deter", "stoch"}
         assert all(torch.equal(state[k], other_state[k]) for k in state)
+
+
+# On a GPU that cannot record
+
+FAILURES = ["entry", "inside", "exit"]
+SAID = "this GPU cannot record, the run goes on step by step: operation not permitted when stream"
+
+
+@pytest.mark.parametrize("fails", FAILURES)
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_ten_updates_that_cannot_be_recorded_are_ten_with_recording_off(
+    kind, fails, capture, streams, capsys
+):
+    update, parts = learner(kind)
+    plain = runtime.Captured(update, CPU, False)
+    update, other_parts = learner(kind)
+    captured, graph = capture(update, other_parts.values(), fails)
+    results = []
+    for function in (plain, captured):
+        torch.manual_seed(2)
+        results.append([function(make_batch(i)) for i in range(10)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for name, part in parts.items():
+        assert_same_state(part.state_dict(), other_parts[name].state_dict())
+    assert graph.replays == 0
+    assert captured.graph is None
+    assert streams.current is streams.usual
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(SAID)
+    assert len(line) <= 300
+
+
+def assert_same_state(state, other):
+    if isinstance(state, torch.Tensor):
+        assert torch.equal(state, other)
+    elif isinstance(state, dict):
+        assert state.keys() == other.keys()
+        for key in state:
+            assert_same_state(state[key], other[key])
+    else:
+        assert state == other
+
+
+@pytest.mark.parametrize("fails", FAILURES)
+@pytest.mark.parametrize("kind", ["v1", "v2", "v2_continuous"])
+def test_a_policy_that_cannot_be_recorded_acts_with_the_noise_of_recording_off(
+    kind, fails, capture, capsys
+):
+    script, agent, _, _ = make(kind)
+    act = partial(script.policy, agent)
+    captured, _ = capture(act, [agent], fails)
+    batch = make_batch(3)
+    rows = [{k: v[t % T].numpy() for k, v in batch.items()} for t in range(10)]
+    results = []
+    for function in (runtime.Captured(act, CPU, False), captured):
+        torch.manual_seed(4)
+        results.append(acted(function, agent, rows))
+        results[-1].append((torch.rand(3), results[-1][-1][1]))  # what is drawn next
+    assert_same_actions(*results)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(SAID)
+
+
+@pytest.mark.parametrize("fails", FAILURES)
+def test_a_gpu_that_is_lost_while_recording_is_said_in_one_line(fails, capture, monkeypatch):
+    captured, _ = capture(lambda inputs: {"y": inputs["x"] + 1}, fails=fails)
+    for _ in range(3):
+        captured({"x": torch.zeros(2)})
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(runtime.DeviceError) as error:
+        captured({"x": torch.zeros(2)})
+    assert str(error.value).startswith(
+        "CUDA cannot be used after a failed recording: --resume with --no-graph: "
+    )
+    assert "illegal memory access" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
+
+
+class RecordedAnywhere(runtime.Captured):
+    """What the scripts record, recorded on a CPU by a fake graph."""
+
+    fails = None
+
+    def __init__(self, function, device, enabled):
+        super().__init__(function, device, enabled)
+        if enabled:
+            agent, *optimizers = function.args
+            parts = [agent]
+            for several in optimizers:
+                parts += several.values()
+            self.graph = FakeGraph(parts, self.fails)
+            self.function = self.graph.wrap(function)
+
+
+SHORT_RUN = """--env-id CartPole-v1 --num-envs 2 --total-frames 90 --prefill 40 --batch-length 8
+    --batch-size 4 --train-every 4 --pretrain 1 --eval-episodes 1 --log-every 20 --deter 16
+    --hidden 16 --units 16 --stoch 4 --threads 1 --imag-horizon 3"""
+SCRIPTS = {"v1": dreamerv1, "v2": dreamerv2}
+
+
+def run_here(script, flags, folder):
+    """A short run in this process, with RUN in `folder` -> rows of metrics without clocks."""
+    module = SCRIPTS[script]
+    argv = f"{SHORT_RUN} {flags} --resume {folder}".split()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        args = runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, argv)
+        assert module.main(args) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = {"seconds", "charts/SPS", "time/updates_per_second"}
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_has_the_same_numbers_recorded_or_not_or_if_that_fails(
+    script, monkeypatch, tmp_path, capsys
+):
+    plain = run_here(script, "--no-graph", tmp_path / "plain")
+    assert plain[-1]["updates"] >= 10
+    monkeypatch.setattr(runtime, "Captured", RecordedAnywhere)
+    capsys.readouterr()
+    for fails in (None, *FAILURES):
+        monkeypatch.setattr(RecordedAnywhere, "fails", fails)
+        assert run_here(script, "", tmp_path / str(fails)) == plain
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(SAID)]
+        assert len(lines) == (3 if fails else 0)  # of acting, acting greedily and learning
+
+
+def lose_the_gpu(script, folder):
+    """A run whose recording fails so that nothing works on the GPU afterwards, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        FakeStreams().put_in_place(patch)
+        patch.setattr(torch.cuda, "synchronize", lost)
+        patch.setattr(runtime, "Captured", RecordedAnywhere)
+        patch.setattr(RecordedAnywhere, "fails", "inside")
+        with runtime.exit_on_error():
+            run_here(script, "--checkpoint-every 10", Path(folder))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_without(script, tmp_path):
+    folder = tmp_path / "run"
+    code = f"import test_speed; test_speed.lose_the_gpu({script!r}, {str(folder)!r})"
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: CUDA cannot be used after a failed recording: --resume with")
+    counters = torch.load(folder / "checkpoint.pt", weights_only=True)["counters"]
+    assert counters["step"] >= 40
+    assert counters["updates"] >= 1
+    rows = run_here(script, "--checkpoint-every 10 --no-graph", folder)
+    assert rows[-1]["frames"] >= 90
+    assert rows[-1]["updates"] >= 10
+
+
+# Waiting
 
 
 def test_no_update_and_no_action_waits_for_the_device(kind):
@@ -216,10 +464,8 @@ def test_no_update_and_no_action_waits_for_the_device(kind):
     with FakeTensorMode():
         script, agent, optimizers, args = make(kind, precision="bfloat16")
         batch = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in make_batch(1).items()}
-        metrics = script.update(agent, {"agent": agent, **optimizers}, batch, args)
-        guard = common.FiniteGuard()
-        guard.first = torch.tensor(torch.inf)
-        guard.watch(0, metrics)
+        metrics = script.update(agent, optimizers, batch, args)
+        runtime.Metrics().record(metrics, 0)
         row = {k: v[0] for k, v in batch.items()}
         action, _ = script.policy(agent, row, agent["world_model"].rssm.initial(B))
     assert action.shape == (B, A)
@@ -312,8 +558,7 @@ def test_a_run_with_compile_learns(script, tmp_path):
 @pytest.mark.parametrize("rows", [200_000])
 def test_ends_of_episodes_are_found_in_a_full_replay_without_delay(rows, tmp_path):
     """A draw with favor_ends takes no more than a few times one without, whatever the size."""
-    shapes = {"reward": ((), np.float32), "is_first": ((), bool)}
-    replay = common.Replay(tmp_path, rows, shapes, 1, 1, CPU)
+    replay = common.Replay(tmp_path, rows, {"reward": (), "is_first": ()}, 1, CPU)
     replay.data["is_first"][::500] = True
     replay.end = replay.written[0] = rows
     seconds = {}
@@ -327,35 +572,40 @@ def test_ends_of_episodes_are_found_in_a_full_replay_without_delay(rows, tmp_pat
     assert seconds[True] < seconds[False] + 5e-4
 
 
-def run_here(script, flags, monkeypatch, folder, seconds=0.0):
-    """A short run in this process -> rows of metrics without clocks, times of steps and updates."""
-    module, steps, updates = {"v1": dreamerv1, "v2": dreamerv2}[script], [], []
+class TimedCartPole(CartPoleEnv):
+    """Takes its time for a step and notes when, in a file to which several processes append."""
 
-    def timed(function, spans, seconds=0.0):
-        def call(*args, **kwargs):
-            began = time.perf_counter()
-            time.sleep(seconds)
-            out = function(*args, **kwargs)
-            spans.append((began, time.perf_counter()))
-            return out
+    def step(self, action):
+        began = time.monotonic()
+        time.sleep(0.05)
+        result = super().step(action)
+        with open(os.environ["STEPS_FILE"], "a") as file:
+            file.write(f"{began} {time.monotonic()}\n")
+        return result
 
-        return call
 
-    slow, plain = timed(common.step_rows, steps, seconds), common.step_rows
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+gym.register("Timed-v0", entry_point=TimedCartPole, max_episode_steps=20)
+
+
+def timed_run(script, flags, folder, monkeypatch):
+    """A run with slow environments -> rows of metrics, when steps and updates were under way."""
+    steps = folder.with_suffix(".steps")
+    monkeypatch.setenv("STEPS_FILE", str(steps))
+    module = SCRIPTS[script]
+    original = module.update
+    updates = []
+
+    def timed_update(*args, **kwargs):
+        began = time.monotonic()
+        metrics = original(*args, **kwargs)
+        updates.append((began, time.monotonic()))
+        return metrics
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            common, "step_rows", lambda e, *x: (slow if e.num_envs == 2 else plain)(e, *x)
-        )
-        patch.setattr(module, "update", timed(module.update, updates))
-        with pytest.raises(SystemExit) as end:
-            module.main(common.parse_args(module.Args, module.PRESETS, flags.split()))
-    assert end.value.code == 0
-    [run] = (folder / "runs").iterdir()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = {"seconds", "charts/SPS", "time/updates_per_second"}
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows], steps, updates
+        patch.setattr(module, "update", timed_update)
+        rows = run_here(script, f"--env-id test_speed:Timed-v0 {flags}", folder)
+    times = [line.split() for line in Path(steps).read_text().splitlines()]
+    return rows, [(float(began), float(ended)) for began, ended in times], updates
 
 
 def overlaps(steps, updates):
@@ -364,24 +614,18 @@ def overlaps(steps, updates):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["v1", "v2"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatch, tmp_path):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    flags = "--env-id CartPole-v1 --num-envs 2 --total-frames 90 --prefill 40 --batch-length 8"
-    flags += " --batch-size 4 --train-every 4 --pretrain 1 --eval-episodes 1 --log-every 20"
-    flags += " --deter 16 --hidden 16 --units 16 --stoch 4 --threads 1 --imag-horizon 3"
-    plain, steps, updates = run_here(script, flags, monkeypatch, tmp_path / "plain")
+    plain, steps, updates = timed_run(script, "", tmp_path / "plain", monkeypatch)
+    assert len(steps) >= 90
     assert len(updates) >= 10
     assert overlaps(steps, updates) == 0
-    flags += " --async-envs"
-    at_once, steps, updates = run_here(script, flags, monkeypatch, tmp_path / "slow", 0.05)
+    at_once, steps, updates = timed_run(script, "--async-envs", tmp_path / "once", monkeypatch)
     # All of them, unless a busy machine takes longer for some than the step does.
     assert overlaps(steps, updates) > len(updates) / 2 >= 5
     # What is learned from what is a matter of the schedule, not of the clock.
-    again, _, _ = run_here(script, flags, monkeypatch, tmp_path / "again")
-    assert again == at_once != plain
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    again, _, _ = timed_run(script, "--async-envs", tmp_path / "again", monkeypatch)
+    assert plain == at_once == again
 
 
 # On a GPU
@@ -389,7 +633,7 @@ def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatc
 
 def updates_on_gpu(kind, count, enabled, **changes):
     update, parts = learner(kind, "cuda", **changes)
-    captured = common.Captured(update, torch.device("cuda"), enabled)
+    captured = runtime.Captured(update, torch.device("cuda"), enabled)
     torch.manual_seed(7)
     history = []
     for i in range(count):
@@ -415,11 +659,12 @@ class TestGpu:
 
     def test_an_update_never_waits_for_the_gpu(self, kind, precision):
         _, _, captured = updates_on_gpu(kind, 5, True, precision=precision)
-        batch, guard = {k: v.cuda() for k, v in make_batch(1).items()}, common.FiniteGuard()
+        batch = {k: v.cuda() for k, v in make_batch(1).items()}
+        metrics = runtime.Metrics()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for i in range(3):
-                guard.watch(i, captured(batch))
+                metrics.record(captured(batch), i)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert np.isfinite(guard.check()["losses/model"])
+        assert np.isfinite(metrics.read()["losses/model"])

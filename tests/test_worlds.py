@@ -15,8 +15,9 @@ import environments
 import gymnasium as gym
 import numpy as np
 import pytest
+from envs import make_env
 
-import common
+import runtime
 
 ROOT = Path(__file__).parent.parent
 IDS = {  # module: id
@@ -29,8 +30,8 @@ IDS = {  # module: id
 }
 
 
-def make(env_id, seed=3, episode=0):
-    return common.make_env(f"benchmarks.worlds:{env_id}", seed, 0, episode)
+def make(env_id, seed=3):
+    return make_env(f"benchmarks.worlds:{env_id}", seed)
 
 
 def there(module):
@@ -49,7 +50,7 @@ def actions(env, count):
 def test_a_world_without_its_package_names_the_line_that_installs_it(module, env_id):
     if there(module):
         pytest.skip(f"{module} is installed")
-    with pytest.raises(common.UserError, match="pip install ") as error:
+    with pytest.raises(runtime.UserError, match="pip install ") as error:
         make(env_id)
     assert "\n" not in str(error.value)
 
@@ -66,7 +67,8 @@ def test_a_world_begins_alike_with_a_seed_and_otherwise_with_another(module, env
         pytest.skip(f"{module} is not installed")
     begins = []
     for seed in (3, 3, 4):
-        env, rows = make(env_id, seed), []
+        env = make(env_id, seed)
+        rows = []
         for _ in range(2):  # episodes
             rows.append(env.reset()[0])
             rows += [env.step(action)[0] for action in actions(env, 3)]
@@ -160,7 +162,8 @@ def test_procgen_keeps_the_last_image_where_the_next_level_is_shown_already(modu
     class Env:
         def __init__(self, num, env_name, num_levels, rand_seed):
             assert (num, env_name, num_levels) == (1, "coinrun", 0)
-            self.count, self.reward = 0, 0.0
+            self.count = 0
+            self.reward = 0.0
 
         def observe(self):
             first = self.count % 3 == 0

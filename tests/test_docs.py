@@ -1,0 +1,677 @@
+"""README and docs are true: links lead somewhere, tables are those of the code, and code blocks
+and commands run as they are printed.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch
+from envs import make_envs
+from processes import start
+
+import common
+import dreamerv1
+import dreamerv2
+import runtime
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = {path: path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
+DOCS = {path.name: text for path, text in PAGES.items()}
+SCRIPTS = [dreamerv1, dreamerv2]
+# Flags of torchrun and other programs that the text names.
+FOREIGN_FLAGS = {"--max-restarts", "--logdir"}
+# Networks and runs of a second or two, for either script.
+SMALL = [
+    *("--total-frames", "160", "--prefill", "64", "--train-every", "32", "--pretrain", "1"),
+    *("--batch-size", "2", "--batch-length", "8", "--imag-horizon", "3", "--replay-size", "1000"),
+    *("--deter", "8", "--hidden", "8", "--stoch", "4", "--units", "8", "--layers", "1"),
+    *("--cnn-depth", "2", "--log-every", "64", "--eval-every", "0", "--eval-episodes", "1"),
+    *("--video-every", "0", "--checkpoint-every", "0", "--time-limit", "100", "--threads", "1"),
+]
+SMALL_V1 = [*SMALL, "--train-steps", "1"]
+SMALL_V2 = [*SMALL, "--classes", "4"]
+
+
+@contextlib.contextmanager
+def skip_without_opengl():
+    """dm_control's images need it."""
+    try:
+        yield
+    except runtime.UserError as error:
+        if "no OpenGL without a screen" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+# Pages
+
+
+def prose(text):
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def anchors(text):
+    """What GitHub calls the headings of a page."""
+    seen = []
+    for heading in re.findall(r"^#+ (.+)$", prose(text), re.M):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+        again = seen.count(slug)
+        seen.append(slug)
+        yield f"{slug}-{again}" if again else slug
+
+
+def dead_links(path, text):
+    """Links of a page to files or headings that are not there."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists():
+            dead.append(link)
+        elif anchor:
+            there = text if target == path else target.read_text()
+            if anchor not in anchors(there):
+                dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_or_a_heading(path):
+    assert dead_links(path, PAGES[path]) == []
+
+
+def test_a_link_to_a_missing_file_or_heading_is_found():
+    text = "# Logged `metrics`, all\n[a](#metrics) [b](#logged-metrics-all) [c](nowhere.md)\n"
+    text += "[d](docs/runs.md#exit-codes) [e](docs/runs.md#no-such-heading) [f](https://a.b/c#d)"
+    assert dead_links(README, text) == ["#metrics", "nowhere.md", "docs/runs.md#no-such-heading"]
+
+
+def test_the_second_heading_of_a_name_has_a_number():
+    assert [*anchors("# A b\n## A b\n```\n# no\n```\n### C-d_e (f)")] == ["a-b", "a-b-1", "c-d_e-f"]
+
+
+def test_every_page_of_the_docs_is_linked_from_the_readme():
+    for path in PAGES:
+        assert path == README or f"](docs/{path.name}" in PAGES[README], path.name
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(PAGES[README].splitlines()) < 200
+    assert len(PAGES[README].encode()) < 15_000
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_is_short_and_its_lines_fit_a_screen(path):
+    lines = PAGES[path].splitlines()
+    assert len(lines) <= 250
+    long = [line for line in lines if len(line) > 160 and not line.startswith("|")]
+    assert long == []
+
+
+def test_every_file_that_the_pages_name_exists():
+    named = {name for text in DOCS.values() for name in re.findall(r"[\w/]*\w/\w+\.\w+\b", text)}
+    ours = {name for name in named if name.startswith(("benchmarks/", "tests/", "docs/"))}
+    assert len(ours) > 8
+    assert {name for name in ours if not (ROOT / name).exists()} == set()
+
+
+# Tables
+
+
+def between(name):
+    """What stands between the two markers of a name, on whichever page."""
+    [text] = [text for text in DOCS.values() if f"<!-- {name}:begin -->" in text]
+    return text.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
+
+
+def cells(table):
+    """Cells of a table, the header first."""
+    header, _, *rows = table.strip().splitlines()
+    return [[cell.strip() for cell in row[1:-1].split(" | ")] for row in (header, *rows)]
+
+
+def value_of(text):
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return text
+
+
+def flags_of(script):
+    fields = {f"--{name.replace('_', '-')}" for name in asdict(script.Args())}
+    return fields | {flag.replace("--", "--no-", 1) for flag in fields} | {"--help"}
+
+
+def flags_in(text):
+    """The flags that a text names, but for those in commands of the tools in benchmarks."""
+    text = re.sub(r"(python benchmarks/\w+|`\w+)\.py .*", "", text)
+    text = re.sub(r"#SBATCH .*|torchrun --(?:[^`\n]|\\\n)*?(?=`|dreamerv)", "", text)
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - FOREIGN_FLAGS
+
+
+def exists(name, script):
+    """Whether a name like RSSM.observe or common.Replay.sample is defined."""
+    first, *rest = name.split(".")
+    home = {"common": common, "runtime": runtime}.get(first)
+    if home is None:
+        home = script
+        rest = [first, *rest]
+    for part in rest:
+        if not hasattr(home, part):
+            return False
+        home = getattr(home, part)
+    return True
+
+
+def names_in(text):
+    """What a text names in parentheses, as in (`RSSM.observe`, `main`), without flags."""
+    places = re.findall(r"\(((?:`[\w.-]+`(?:, )?)+)\)", " ".join(text.split()))
+    return {name for place in places for name in re.findall(r"`([a-zA-Z][\w.]+)`", place)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_flag_that_a_page_names_exists(path):
+    tools = [tool.read_text() for tool in (ROOT / "benchmarks").glob("*.py")]
+    known = {flag for text in tools for flag in re.findall(r'argument\("(--[a-z-]+)', text)}
+    known |= set.union(*map(flags_of, SCRIPTS))
+    text = PAGES[path]
+    added = re.findall(r"^\+    (\w+): .*  # ", text, re.M)  # by the diffs that are printed
+    known |= {f"--{name.replace('_', '-')}" for name in added}
+    assert flags_in(text) - known == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_flags_of_a_tool_in_a_printed_command_are_its_own(path):
+    for name, rest in re.findall(r"python benchmarks/(\w+)\.py ([^#`\n]*)", PAGES[path]):
+        text = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        own = rest.split("dreamerv")[0]  # the rest belongs to a script
+        for flag in re.findall(r"--[a-z-]+", own):
+            assert f'argument("{flag}"' in text, (name, flag)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_said_of_one_script_alone_names_its_flags(script):
+    number = script.__name__[-1]
+    other = "1" if number == "2" else "2"
+    lines = [line for text in DOCS.values() for line in text.splitlines()]
+    for cell in (cell.strip() for line in lines for cell in line.split(" | ")):
+        if cell.startswith((f"V{number}:", f"V{number},")):
+            flags = flags_in(cell.split(f"V{other}:")[0])
+            assert flags <= flags_of(script), cell
+    section = DOCS["differences.md"].split(f"\n## DreamerV{number}\n")[1].split("\n## ")[0]
+    assert flags_in(section) <= flags_of(script)
+
+
+def test_every_function_that_the_details_name_exists():
+    both, one, two = re.split(r"\n## In .*\n", DOCS["details.md"])[1:]
+    for text, scripts in ((both, SCRIPTS), (one, [dreamerv1]), (two, [dreamerv2])):
+        names = names_in(text)
+        assert len(names) >= 8
+        for name in names:
+            assert all(exists(name, script) for script in scripts), name
+    assert flags_in(one) <= flags_of(dreamerv1)
+    assert flags_in(two) <= flags_of(dreamerv2)
+
+
+def test_the_details_are_numbered_and_counted():
+    numbers = [int(n) for n in re.findall(r"^(\d+)\. \*\*", DOCS["details.md"], re.M)]
+    assert numbers == [*range(1, len(numbers) + 1)]
+    assert f"{len(numbers)} details" in DOCS["README.md"]
+
+
+def test_every_function_that_the_equations_name_exists():
+    section = DOCS["reading.md"].split("## Where the papers' equations are")[1]
+    _, *rows = cells(section.strip().split("\n\n")[0])
+    for *row, where in rows:
+        for part in where.split(";"):
+            only = part.strip()[:2]  # V1 or V2, if one alone has it
+            for name in set(re.findall(r"`([\w.]+)`", part)) - {"critic"}:
+                name = {"WorldModel.reward": "Head", "WorldModel.discount": "Head"}.get(name, name)
+                if only != "V2":
+                    assert exists(name, dreamerv1), (row, name)
+                if only != "V1":
+                    assert exists(name, dreamerv2), (row, name)
+    assert len(rows) > 15
+
+
+def test_the_order_of_the_scripts_is_the_one_described():
+    listed = DOCS["reading.md"].split("## Order")[1].split("\n\nEverything above")[0]
+    for script in SCRIPTS:
+        source = Path(script.__file__).read_text()
+        names = [name for name in re.findall(r"`(\w+)`", listed) if hasattr(script, name)]
+        wanted = {"Args", "RSSM", "WorldModel", "lambda_return", "opt_step", "policy", "main"}
+        assert wanted <= set(names)
+        text = re.sub(r"the `Actor` that.*", "the `Actor`", listed)
+        groups = [re.findall(r"`(\w+)`", line) for line in re.split(r"\n\d\. ", text)]
+        places = []
+        for group in groups:
+            defined = [re.search(rf"^(class |def )?{name}\b", source, re.M) for name in group]
+            places.append([match.start() for match in defined if match])
+        places = [group for group in places if group]
+        assert len(places) == 8  # the docstring has no name
+        assert all(max(a) < min(b) for a, b in itertools.pairwise(places))
+
+
+def test_each_row_of_what_survives_what_has_tests_that_exist():
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    _, *rows = cells(between("survives"))
+    items = re.split(r"^(?=\d+\. )", between("survives-tests").strip(), flags=re.M)[1:]
+    assert len(rows) >= 20
+    for row, item in zip(rows, items, strict=True):
+        assert item.startswith(f"{row[0]}. ")
+        names = re.findall(r"`(test_\w+)`", item)
+        assert names, row
+        assert all(f"def {name}(" in text for name in names), names
+
+
+def test_the_numbers_of_parameters_are_those_of_the_networks():
+    header, *rows = cells(between("parameters"))
+    assert len(rows) == 4
+    for name, preset, *numbers in rows:
+        script = {f"`{script.__name__}.py`": script for script in SCRIPTS}[name]
+        args = script.Args(**script.PRESETS[preset.strip("`")])
+        args.actor_dist = "onehot" if preset == "`atari`" else "tanh_normal"
+        image = (1 if args.grayscale else 3, 64, 64)
+        with torch.device("meta"):
+            agent = script.make_agent({"image": image, "action": (6,)}, args)
+        for module, number in zip(header[2:], numbers, strict=True):
+            parameters = agent[module.replace(" ", "_")].parameters()
+            assert sum(p.numel() for p in parameters) == value_of(number), (name, preset, module)
+
+
+WORLDS = {
+    "V1, Atari, RGB, 6 actions": ("ALE/Pong-v5", {}),
+    "V2, Atari, gray, 6 actions": ("ALE/Pong-v5", {"grayscale": True}),
+    "V2, Atari, gray, 18 actions": ("ALE/Boxing-v5", {"grayscale": True}),
+    "dm_control walker from pixels, 1M frames": ("dm_control/walker-walk-v0", {}),
+    "dm_control walker from vectors, 1M frames": (
+        "dm_control/walker-walk-v0",
+        {"observation": "vector"},
+    ),
+    "CartPole-v1": ("CartPole-v1", {}),
+    "CartPole-v1 `--pixels`": ("CartPole-v1", {"observation": "pixels"}),
+    "Pendulum-v1": ("Pendulum-v1", {}),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_row_of_the_replay_has_as_many_bytes_as_the_table_says(name):
+    env_id, options = WORLDS[name]
+    with skip_without_opengl(), contextlib.closing(make_envs(1, env_id, **options)) as envs:
+        size = common.row_bytes(envs.shapes)
+    [(_, told, rows, disk)] = [row for row in cells(between("sizes")) if row[0] == name]
+    assert f"{size:,}" == told
+    number, unit = disk.split()
+    total = size * value_of(rows) / {"MB": 1e6, "GB": 1e9}[unit]
+    assert total == pytest.approx(float(number), rel=0.05)
+
+
+def test_the_hours_of_the_papers_tasks_are_updates_times_the_time_of_one():
+    speed = cells(DOCS["results.md"].split("## Speed")[1].split("\n\n")[2])
+    times = {}  # V1 or V2, precision -> milliseconds
+    for version, first in (("V1", 1), ("V2", 3)):
+        assert speed[first][0].startswith(version)
+        for row in speed[first : first + 2]:
+            times[version, row[1]] = float(row[2])
+    _, *rows = cells(DOCS["machines.md"].split("## How long it takes")[1].split("\n\n")[2])
+    frames = {"walker": 1e6, "10M": 10e6, "200M": 200e6}
+    for row in rows[1:]:
+        version = "V1" if "V1" in row[0] else "V2"
+        [total] = [value for word, value in frames.items() if word in row[0]]
+        args = dreamerv1.Args(**dreamerv1.DMC) if version == "V1" else dreamerv2.Args()
+        if version == "V1":
+            sets = (total - args.prefill) // args.train_every
+            updates = args.pretrain + args.train_steps * sets
+        else:
+            steps = total / args.action_repeat - args.prefill
+            updates = args.pretrain + 1 + steps // args.train_every
+        assert value_of(row[1]) == pytest.approx(updates, rel=0.01)
+        for precision, told in (("bfloat16", row[2]), ("float32", row[3])):
+            days = updates * times[version, precision] / 1000 / 86400
+            assert float(told.removesuffix(" days")) == pytest.approx(days, rel=0.05), row
+
+
+def test_the_readme_repeats_what_the_docs_say():
+    whole = {row[0]: row for row in cells(between("results"))}
+    _, *rows = cells(DOCS["README.md"].split("## Results")[1].strip().split("\n\n")[1])
+    assert len(rows) == 5
+    for name, frames, returns, best, hours in rows:
+        [row] = [row for key, row in whole.items() if key.startswith(f"[{name}](")]
+        assert [frames, returns, best, hours] == [row[1], row[2], row[5], row[6]]
+    [change] = blocks("diff", [README])
+    assert change in blocks("diff", [ROOT / "docs" / "changing.md"])
+    row_table = DOCS["README.md"].split("## How to read")[1].split("```")[1]
+    assert row_table in DOCS["reading.md"]
+    indented = row_table.strip("\n").replace("\n", "\n    ")
+    assert all(indented in script.__doc__ for script in SCRIPTS)
+
+
+def test_ci_runs_the_line_that_the_readme_gives():
+    block = re.search(r"<!-- test-command -->\n```bash\n(.*)\n```", PAGES[README])[1]
+    assert block == "python -m pytest -n 2 && python -m pytest -n 2 -m slow"
+    assert "test-command" in (ROOT / ".ci" / "run").read_text()
+
+
+# Code blocks
+
+
+def blocks(language, paths=PAGES):
+    return [
+        block
+        for path in paths
+        for block in re.findall(rf"^```{language}\n(.*?)^```$", PAGES[path], re.M | re.S)
+    ]
+
+
+def train(script, flags):
+    """A whole run of a module in this process -> exit code."""
+    args = runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, flags)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return script.main(args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def small(script):
+    return SMALL_V1 if hasattr(script, "explore") else SMALL_V2
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folders: that of a run of DreamerV2, and beside it one of DreamerV1."""
+    folder = tmp_path_factory.mktemp("docs") / "runs"
+    for script in SCRIPTS:
+        flags = ["--env-id", "CartPole-v1", "--resume", str(folder / script.__name__)]
+        assert train(script, flags + small(script)) == 0
+    return folder
+
+
+@pytest.fixture
+def my_env(runs):
+    """The environment of the docs, in a module beside the runs."""
+    Path("my_env.py").write_text(ENVIRONMENT)
+    yield
+    sys.modules.pop("my_env", None)
+    gym.registry.pop("Corridor-v0", None)
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    """A folder of one's own with the runs, in which the test goes on."""
+    shutil.copytree(trained, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "runs"
+
+
+def mine(source, monkeypatch):
+    """A module of this source, as if it were a copy of a script in this folder."""
+    Path("mine.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("mine", Path("mine.py").resolve())
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mine", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def learnt(script, flags, *tags):
+    """Trains; True if there were updates, finite losses, and rows with all of the tags."""
+    assert train(script, [*flags, "--resume", "runs/new", *small(script)]) == 0
+    rows = rows_of("runs/new")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    return rows[-1]["updates"] > 1 and {"losses/model", *tags} <= set().union(*rows)
+
+
+CARTPOLE = ["--env-id", "CartPole-v1"]
+EITHER = [
+    pytest.param(dreamerv2, id="dreamerv2"),
+    pytest.param(dreamerv1, id="dreamerv1", marks=pytest.mark.slow),
+]
+# Of the Python blocks one is a module, one takes the place of a function; the others are programs.
+[ENVIRONMENT] = [block for block in blocks("python") if "gym.register(" in block]
+[NETWORK] = [block for block in blocks("python") if "\ndef mlp(" in block]
+PROGRAMS = [block for block in blocks("python") if block not in (ENVIRONMENT, NETWORK)]
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=lambda block: block.splitlines()[-1][:30])
+def test_a_python_block_runs_as_printed(block, runs, capsys):
+    code = block.replace("RUN", str(runs / "dreamerv2"))
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    assert re.search(r"\d+\.\d", capsys.readouterr().out)  # they print returns
+
+
+@pytest.mark.parametrize("script", EITHER)
+def test_the_environment_of_the_docs_is_learned_from(script, my_env):
+    assert learnt(script, ["--env-id", "my_env:Corridor-v0"])
+
+
+@pytest.mark.parametrize("script", EITHER)
+def test_the_network_of_the_docs_is_learned_with(script, runs, monkeypatch):
+    source = Path(script.__file__).read_text()
+    old = re.search(r"def mlp\(.*?\n\n\n", source, re.S)[0]
+    module = mine(source.replace(old, NETWORK + "\n\n"), monkeypatch)
+    assert learnt(module, [*CARTPOLE])
+    assert module.Residual in map(type, module.mlp(4, 3, module.Args()).modules())
+
+
+def apply(diff, source):
+    """The source with the hunks of a diff, each of which fits one place."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M)[1:]:
+        lines = [(line[:1] or " ", line[1:]) for line in hunk.splitlines()]
+        old = "".join(f"{text}\n" for sign, text in lines if sign in " -")
+        new = "".join(f"{text}\n" for sign, text in lines if sign in " +")
+        assert source.count(old) == 1, hunk
+        source = source.replace(old, new)
+    return source
+
+
+DIFFS = [
+    pytest.param(script.values[0], diff, id=f"{script.id}-{i}", marks=script.marks)
+    for i, diff in enumerate(dict.fromkeys(blocks("diff")))
+    for script in EITHER
+    if script.id == "dreamerv2" or "slow_critic" not in diff  # the variant is one of DreamerV2
+]
+
+
+@pytest.mark.parametrize(("script", "diff"), DIFFS)
+def test_a_diff_applies_to_a_copy_of_the_script_which_then_learns(script, diff, runs, monkeypatch):
+    module = mine(apply(diff, Path(script.__file__).read_text()), monkeypatch)
+    tags = {f"losses/{name}" for name in re.findall(r'^\+.*losses(?:\["|/)(\w+)"\]', diff, re.M)}
+    commands = re.findall(r"`python mine\.py ([^`]+)`", DOCS["changing.md"])
+    flags = CARTPOLE
+    if "reward_shift" in diff:
+        [flags] = [command.split() for command in commands if "--reward-shift" in command]
+        with pytest.raises(runtime.UserError, match="--reward-shift is -101"):
+            train(module, [*CARTPOLE, "--reward-shift", "-101"])
+    assert learnt(module, flags, *tags)
+    args = runtime.read_args(module.Args, "runs/new")
+    if "reward_shift" in diff:
+        assert (args["reward_shift"], args["milestones"]) == (-0.5, [10, 20, 30])
+    assert train(module, ["--resume", "runs/new", "--total-frames", "200"]) == 0
+    assert args["exp_name"] == "mine"
+
+
+def test_no_diff_of_the_docs_is_wider_than_the_scripts():
+    lines = [line for diff in blocks("diff") for line in diff.splitlines()]
+    assert max(map(len, lines)) <= 101
+
+
+# Commands
+
+
+def commands():
+    """Commands of the scripts, in blocks and in the text -> lists of words, without repetitions."""
+    found = []
+    for text in DOCS.values():
+        lines = [line for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
+                 for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+        lines += re.findall(r"`([^`\n]*\bpython \w+\.py[^`\n]*)`", prose(text))
+        for line in lines:
+            if line.startswith("#SBATCH"):
+                continue
+            for command in " ".join(shlex.split(line.strip(), comments=True)).split(" && "):
+                words = command.split()
+                if scripts_in(words) and words[0] not in ("cp", "diff"):
+                    found.append(words)
+    return [words for words, _ in itertools.groupby(sorted(found))]
+
+
+def scripts_in(words):
+    return [word for word in words if word in ("dreamerv1.py", "dreamerv2.py", "mine.py")]
+
+
+def split(words):
+    """What starts the script, the module, its flags with what stands for a run put in."""
+    [name] = scripts_in(words)
+    at = words.index(name)
+    script = dreamerv1 if name == "dreamerv1.py" else dreamerv2
+    flags = [word.replace("$seed", "1") for word in words[at + 1 :]]
+    flags = [f"runs/{script.__name__}" if word == "RUN" else word for word in flags]
+    return words[:at], script, ["CartPole-v1" if word == "ID" else word for word in flags]
+
+
+# Commands whose flags are parsed and that are not run here, with what they need.
+ELSEWHERE = {
+    "torchrun --nproc-per-node 8": "eight GPUs",
+    "srun torchrun": "Slurm",
+    "benchmarks.worlds:Crafter-v0": "pip install crafter",
+    "benchmarks/kill_often.py": "minutes; tests/test_faults.py does the same",
+    "benchmarks/soak.py": "half an hour",
+    "--reward-shift": "a changed copy, which the test of the diff runs with these flags",
+    "--help": "it ends before there is a run",
+}
+SLOW = ("torchrun", "walker-walk")
+COMMANDS = [
+    pytest.param(
+        words,
+        id=" ".join(words),
+        marks=[pytest.mark.slow] if any(word in " ".join(words) for word in SLOW) else [],
+    )
+    for words in commands()
+]
+RUN_HERE = [case for case in COMMANDS if not any(place in case.id for place in ELSEWHERE)]
+
+
+def test_the_commands_of_the_pages_are_found():
+    ids = {case.id for case in COMMANDS}
+    assert len(ids) > 20
+    assert ".venv/bin/python dreamerv2.py --env-id PongNoFrameskip-v4" in ids
+    assert {f"python dreamerv{i}.py --env-id ID" for i in (1, 2)} <= ids
+    for place in ELSEWHERE:
+        assert any(place in name for name in ids), place
+
+
+@pytest.mark.parametrize("words", [case.values[0] for case in COMMANDS], ids=" ".join)
+def test_the_flags_of_a_printed_command_can_be_read(words, runs, monkeypatch):
+    _, script, flags = split(words)
+    if "--reward-shift" in flags:
+        return  # the test of that diff reads them
+    if "--help" in flags:
+        with pytest.raises(SystemExit) as end:
+            runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, flags)
+        assert end.value.code == 0
+        return
+    args = runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, flags)
+    for flag, value in itertools.pairwise(flags):
+        if flag.startswith("--") and not value.startswith("--") and flag != "--resume":
+            field = getattr(args, flag.removeprefix("--").replace("-", "_"))
+            assert str(field) == value or field == pytest.approx(float(value))
+
+
+def sized(script, flags):
+    """The flags with those of a small run; one that exists takes its own sizes."""
+    if "--evaluate" in flags:
+        return [*flags, "--eval-episodes", "1"]
+    if "--resume" in flags and Path(flags[flags.index("--resume") + 1]).exists():
+        return [*flags, "--total-frames", "200", "--eval-episodes", "1"]
+    return flags + small(script)
+
+
+@pytest.mark.parametrize("words", RUN_HERE)
+def test_a_printed_command_runs_with_flags_of_size_appended(words, runs, my_env):
+    launcher, script, flags = split(words)
+    if launcher[0] == "torchrun":
+        options = " ".join(launcher[1:])
+        name = f"{script.__name__}.py"
+        process = start(name, " ".join(sized(script, flags)), runs.parent, torchrun=options)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "2 processes share batches and frames" in out
+    else:
+        with skip_without_opengl():
+            assert train(script, sized(script, flags)) == 0
+
+
+def without_numbers(text):
+    return re.sub(r"\d[\d,.]*", "0", text)
+
+
+def test_the_readme_shows_what_a_run_prints(runs, capsys):
+    words = next(w for w in commands() if w[-1] == "CartPole-v1" and "dreamerv2.py" in w)
+    _, script, flags = split(words)
+    flags = [*flags, *small(script)]
+    assert train(script, flags) == 0
+    said = [without_numbers(line) for line in capsys.readouterr().out.splitlines()]
+    shown = PAGES[README].split("It prints")[1].split("```\n")[1].splitlines()
+    assert len(shown) >= 4
+    for line in shown[:-1]:  # the last one is the bar
+        assert without_numbers(line) in said
+    assert re.fullmatch(r" *\d+%\|.*\| \d+/30000 \[.*, \S+ frames/s, return=\d+\]", shown[-1])
+
+
+def test_the_readme_shows_what_an_evaluation_prints(runs, capsys):
+    assert train(dreamerv2, ["--evaluate", str(runs / "dreamerv2")]) == 0
+    told = re.search(r"--evaluate RUN` prints\s`([^`]+)`", PAGES[README])[1]
+    assert without_numbers(told).rstrip("s") in without_numbers(capsys.readouterr().out)
+
+
+# Metrics and run folders
+
+
+def test_every_tag_that_a_run_logs_is_explained_and_no_other(trained):
+    _, *rows = cells(between("tags"))
+    tags = [row[0] for row in rows if "GIF" not in row[0]]
+    told = {tag for cell in tags for tag in re.findall(r"`([^`]+)`", cell)}
+    logged = set()
+    for script in SCRIPTS:
+        logged = logged.union(*rows_of(trained / script.__name__))
+    assert logged - {"frames", "updates", "seconds"} == told - {"losses/image"}
+
+
+def test_every_file_of_a_run_folder_is_explained(trained):
+    section = DOCS["runs.md"].split("## A run folder")[1].split("```")[0]
+    told = re.findall(r"^\| (.*?) \|", section, re.M)
+    told = re.findall(r"`([^`]+)`", " ".join(told))
+    for path in (trained / "dreamerv2").rglob("*"):
+        if path.is_file():
+            name = str(path.relative_to(trained / "dreamerv2"))
+            assert any(Path(name).match(pattern) for pattern in told), name
+
+
+def test_the_flags_that_may_change_are_those_of_the_code():
+    text = DOCS["runs.md"].split("It can change ")[1].split(";")[0]
+    told = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"--[a-z-]+", text)}
+    assert told == runtime.CHANGEABLE - {"resume", "evaluate"}
