@@ -131,7 +131,7 @@ def explain_failure(env_id, seed, index, episode):
     try:
         yield
     except (Exception, SystemExit) as error:
-        said = f"{which} failed: {type(error).__name__}: {error} ({place_of(error)})"
+        said = f"{which} failed: {type(error).__name__}: {error}{place_of(error)}"
         raise ChildProcessError(" ".join(said.split())) from None
 
 
@@ -447,7 +447,7 @@ class Envs:
             else:
                 self.vector.close()
         except Exception as error:  # nothing depends on it any more
-            print(f"closing {self.env_id} failed: {error!r} ({place_of(error)})", file=sys.stderr)
+            print(f"closing {self.env_id} failed: {error!r}{place_of(error)}", file=sys.stderr)
 
 
 def make_envs(args):
@@ -497,7 +497,7 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
         envs.send(envs.random_actions())  # a reset ignores them
         row, _ = envs.receive()
         while to_play.any() and not (interrupt and interrupt.received):
-            if images and envs.episodes[0] == 1:
+            if images and envs.episodes[0] == 1 and not envs.ended[0]:
                 images.add(envs.render()[0])
             action, state = act(row, state)
             envs.send(action)

@@ -84,12 +84,13 @@ def explain(text, *errors, kind=UserError):
 
 
 def place_of(error):
-    """Where an error was raised, as file:line, in code that is neither installed nor ours."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Where an error was raised, as " (file:line)": in the user's code, or else in a package."""
     ours = (__file__, str(Path(__file__).with_name("common.py")))
-    theirs = [f for f in frames if "site-packages" not in f.filename and f.filename not in ours]
-    last = (theirs or frames)[-1]
-    return f"{last.filename}:{last.lineno}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
+    own = [f for f in frames if "site-packages" not in f.filename]
+    for last in (own or frames)[-1:]:
+        return f" ({last.filename}:{last.lineno})"
+    return ""
 
 
 class Terminal:

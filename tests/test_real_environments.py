@@ -622,32 +622,6 @@ def test_an_environment_of_images_is_not_drawn_for_pixels(observation, user_env)
 # Films
 
 
-def test_a_film_shows_one_whole_episode_of_the_first_environment(user_env):
-    class Drawn(Basic):
-        metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
-
-        def __init__(self, render_mode=None):
-            self.render_mode = render_mode
-
-        def reset(self, *, seed=None, options=None):
-            self.length = 5 + 30 * (seed % 2)
-            return super().reset(seed=seed, options=options)
-
-        def render(self):
-            return np.full((8, 8, 3), self.time, np.uint8)
-
-    envs = common.Envs(env_args(user_env(Drawn)), 4, render=True)
-    first = envs.vector.envs[0]
-    _, _, film = common.evaluate(envs, lambda row, state: (envs.random_actions(), state), {}, 8,
-                                 film=True)  # fmt: skip
-    sequence = np.random.SeedSequence([1, 0, 0])
-    length = 5 + 30 * ((int(sequence.generate_state(1)[0]) >> 1) % 2)
-    shown = [int(image[0, 0, 0]) for image in film]
-    assert shown[:length] == list(range(length))
-    assert first.index == 0
-    envs.close()
-
-
 def test_a_long_film_has_at_most_1000_images_from_beginning_to_end():
     film = common.Film()
     for number in range(5300):

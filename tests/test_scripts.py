@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +46,7 @@ box = gym.spaces.Box(-1, 1, (2,))
 SPACES = {
     "MultiDiscrete": (box, gym.spaces.MultiDiscrete([2, 3])),
     "Tuple": (gym.spaces.Tuple([box, box]), gym.spaces.Discrete(2)),
-    "Infinite": (box, gym.spaces.Discrete(2)),
+    "Huge": (box, gym.spaces.Discrete(2)),
 }
 
 
@@ -62,7 +61,7 @@ class Env(gym.Env):
 
     def step(self, action):
         Env.steps += 1
-        return np.zeros(2, np.float32), np.inf if Env.steps > 250 else 0.0, False, False, {}
+        return np.zeros(2, np.float32), 1e30 if Env.steps > 250 else 0.0, False, False, {}
 
 
 for kind in SPACES:
@@ -525,9 +524,9 @@ def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_
 
 
 def test_a_signal_in_an_evaluation_ends_a_run_with_a_checkpoint(script, tmp_path, monkeypatch):
-    def interrupted(envs, act, state, episodes, film=False):
+    def interrupted(envs, act, state, episodes, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return np.zeros(episodes), []
+        return np.zeros(episodes), 0, []
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "evaluate", interrupted)
@@ -570,7 +569,7 @@ def test_evaluate_prints_the_mean_and_leaves_the_run_as_it_is(script, small, cop
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(script, tmp_path):
     (tmp_path / "odd_envs.py").write_text(ENVS)
     flags = (
-        f"--env-id odd_envs:Infinite-v0 {SIZES[script]} --total-frames 1000 --checkpoint-every 240"
+        f"--env-id odd_envs:Huge-v0 {SIZES[script]} --total-frames 1000 --checkpoint-every 240"
     )
     done = finish(start(script, flags, tmp_path), code=1)
     [folder] = (tmp_path / "runs").iterdir()
