@@ -1,4 +1,4 @@
-"""Tries every world of the README's table: 2,000 frames with updates, and how fast it steps.
+"""Tries every world of docs/environments.md: 2,000 frames with updates, and how fast it steps.
 
     python benchmarks/environments.py                       # those whose packages are there
     python benchmarks/environments.py Crafter Procgen --json benchmarks/environments.json

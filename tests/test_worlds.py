@@ -224,7 +224,7 @@ RECORD = json.loads((ROOT / "benchmarks" / "environments.json").read_text())
 
 
 def test_the_table_of_environments_is_that_of_the_record():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "environments.md").read_text()
     begin, end = "<!-- environments:begin -->\n", "<!-- environments:end -->"
     assert text.split(begin)[1].split(end)[0] == environments.table(RECORD)
 
