@@ -199,7 +199,8 @@ class DreamerSpaces(gym.Wrapper):
         parts.append(f"{self.action_space.shape[0]} {kind} actions")
         odd = [k for k in self.vector_keys if len(self.boxes[k].shape) == 3]
         if odd:
-            parts.append("of more than 2 dimensions, but no image, since images are uint8")
+            names = ", ".join("the observation" if k is None else k for k in odd)
+            parts.append(f"{names} taken as vector and not as image, since not of uint8")
         return ", ".join(parts)
 
     @property
@@ -247,6 +248,9 @@ class DreamerSpaces(gym.Wrapper):
         return np.array(inside, self.actions.dtype).reshape(self.actions.shape)
 
     def observe(self, obs):
+        if isinstance(obs, dict) == (None in self.boxes):
+            kind = type(obs).__name__
+            raise ValueError(f"the observation is a {kind}, its space {self.env.observation_space}")
         parts = obs if isinstance(obs, dict) else {None: obs}
         parts = {k: self.check(k, parts[k]) for k in self.image_keys + self.vector_keys}
         out = {}
@@ -270,6 +274,10 @@ class DreamerSpaces(gym.Wrapper):
         if value.dtype != box.dtype and (key in self.image_keys or value.dtype.kind not in "fiub"):
             raise ValueError(f"{name} is {value.dtype}, its space says {box.dtype}")
         return value
+
+    def render(self):
+        with self.explain_failure():
+            return self.env.render()
 
     def resize(self, image):
         """(H, W) or (H, W, C) -> (1 or 3, 64, 64); each pixel is the mean of what it covers."""
@@ -301,7 +309,8 @@ class Envs:
     """N environments that step together; the step after an episode's last one is a reset.
 
     `send` begins a step and `receive` ends it. Environments in processes of their own step in
-    between, others inside `receive`; their numbers are the same. At first all have ended.
+    between, others inside `receive`; both give the same rows. At first every episode counts as
+    ended, so that the first step resets all.
     """
 
     def __init__(self, args, num_envs, parallel=False, first_index=None, render=False):
@@ -322,8 +331,8 @@ class Envs:
         self.summary = self.vector.get_attr("summary")[0]
         self.has_limit = self.vector.get_attr("has_limit")[0]
         self.in_flight = False  # whether a step was sent and not received
-        self.ended = np.ones(num_envs, bool)
-        self.returns = np.zeros(num_envs)  # of each episode, so far or at its end
+        self.ended = np.ones(num_envs, bool)  # whether the last row ended an episode
+        self.returns = np.zeros(num_envs)  # sum of the rewards of each episode
         self.lengths = np.zeros(num_envs, int)  # in agent steps
         self.episodes = np.zeros(num_envs, int)  # how many have begun
 
@@ -342,25 +351,31 @@ class Envs:
 
     @contextlib.contextmanager
     def evaluating(self):
-        """Inside, episodes begin again with the first one; afterwards those of training go on.
+        """Inside, the environments play episodes 0, 1, ... of their seeds, of bounded length.
 
-        A step that was in flight is dropped. If there was one, a reset takes its place.
+        Afterwards each of them begins a new episode of training. A step in flight is dropped; if
+        there was one, a reset is sent in its place.
         """
         training = self.state_dict()
         in_flight = self.in_flight
+        try:
+            with self.explain_dead_process():
+                if in_flight:
+                    self.receive()
+                limits = self.vector.get_attr("limit")
+                bound = math.ceil(EVAL_FRAMES / self.action_repeat)
+                self.vector.set_attr("limit", [min(limit, bound) for limit in limits])
+                self.load_state_dict({"episodes": [0] * self.num_envs})
+                yield
+                if self.in_flight:
+                    self.receive()
+                self.vector.set_attr("limit", list(limits))
+                self.load_state_dict(training)
+        except BaseException:
+            self.episodes = np.array(training["episodes"])  # for the checkpoint that follows
+            raise
         if in_flight:
-            self.receive()
-        limits = self.vector.get_attr("limit")
-        bound = math.ceil(EVAL_FRAMES / self.action_repeat)
-        self.vector.set_attr("limit", [min(limit, bound) for limit in limits])
-        self.load_state_dict({"episodes": [0] * self.num_envs})
-        yield
-        if self.in_flight:
-            self.receive()
-        self.vector.set_attr("limit", list(limits))
-        self.load_state_dict(training)
-        if in_flight:
-            self.send(self.random_actions())
+            self.send(np.zeros(self.action.shape, np.float32))
 
     def random_actions(self):
         """Uniform actions (N, A), drawn from torch's generator."""
@@ -386,13 +401,13 @@ class Envs:
         An episode is a dict of charts/episodic_return and charts/episodic_length.
         """
         is_first = self.ended
+        self.in_flight = False
+        self.episodes = self.episodes + is_first  # also if a reset fails, which is not tried again
         with self.explain_dead_process(), kept_rng():  # an environment may seed torch
             obs, reward, terminated, truncated = self.end_step()
-        self.in_flight = False
         self.ended = terminated | truncated
         self.returns = np.where(is_first, 0, self.returns + reward)
         self.lengths = np.where(is_first, 0, self.lengths + 1)
-        self.episodes = self.episodes + is_first
         action = self.action * ~is_first[:, None]  # a reset ignored it
         row = {"action": action, "reward": reward}
         row |= {"is_first": is_first, "is_terminal": terminated}
@@ -425,13 +440,13 @@ class Envs:
             for process in self.vector.processes:
                 process.join(timeout=1)  # seconds
             dead = [process.exitcode is not None for process in self.vector.processes]
-            i = dead.index(True)
-            episode = self.episodes[i] - 1 + self.ended[i]
+            i = dead.index(True) if any(dead) else 0
+            episode = self.episodes[i] - 1
             with explain_failure(self.env_id, self.seed, self.indices[i], episode):
                 raise ChildProcessError("its process died") from None
 
     def render(self):
-        """The images (H, W, 3) of all environments; not of those in processes of their own."""
+        """The images (H, W, 3) of all environments."""
         return self.vector.render()
 
     def warn_if_endless(self):
@@ -559,7 +574,7 @@ class Replay:
         self.written = self.map("written", (1, 2), np.int64)[0]  # rows ever written, capacity
         rows_written, old_capacity = self.written.tolist()
         self.capacity = max(capacity, old_capacity)
-        if rows_written > old_capacity:  # rows were overwritten, by places that depend on it
+        if rows_written > old_capacity:  # the ring came round: rows lie at r % old_capacity
             self.capacity = old_capacity
         self.data = {}
         for key, shape in shapes.items():
@@ -573,7 +588,7 @@ class Replay:
         with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
             if self.fresh:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
-            # To read alone, for to write would fill up a file that was cut off.
+            # To read at first, for opened to write, a file that was cut off would be filled up.
             data = np.lib.format.open_memmap(path, "r")
             if (data.shape[1:], data.dtype) != (shape[1:], dtype):
                 raise ValueError(f"it has {data.shape} {data.dtype}")

@@ -49,7 +49,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of networks; auto: by device
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
     threads: Whole = 0  # CPU threads of torch, 0 is its own choice
     graph: bool = True  # on a GPU, record acting and learning once and replay them
@@ -59,7 +59,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # what it sees
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
     pixels: bool = False  # short for --observation pixels, rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
@@ -82,7 +82,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     layers: Count = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation
     norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
-    reward_transform: Literal["none", "tanh"] = "tanh"  # what is done to replayed rewards
+    reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards, to learn from
     reward_head: Literal["normal", "twohot"] = "normal"  # twohot: 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 5.0  # weight of the discount loss
@@ -722,14 +722,15 @@ def resolve_auto(args, device, discrete):
         raise UserError(f"--actor-dist {args.actor_dist} is not for {args.env_id}'s actions")
 
 
-def replay_rows(args):
+def replay_capacity(args):
     """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
     envs = args.num_envs * runtime.WORLD
     steps = args.total_frames // args.action_repeat
     rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs  # resets take rows too
     prefill = args.prefill // envs
     if args.batch_length > min(rows, prefill):
-        raise UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size")
+        has = f"an environment has {prefill} rows after random play and keeps {rows}"
+        raise UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size: {has}")
     return rows
 
 
@@ -760,11 +761,12 @@ def main(args):
     # Begin a run, or go on with that of --resume.
     total_steps = args.total_frames // args.action_repeat
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
-    rows = replay_rows(args)
-    run, is_new = runtime.open_run(config, rows * args.num_envs * common.row_bytes(shapes))
+    capacity = replay_capacity(args)
+    replay_bytes = capacity * args.num_envs * common.row_bytes(shapes)
+    run, is_new = runtime.open_run(config, replay_bytes)
     runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
-    replay = common.Replay(replay_folder, rows, shapes, args.num_envs, device)
+    replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)
     runtime.describe(args, device, agent, replay, envs.summary)
     metrics = runtime.Metrics()
     logger = runtime.Logger(run, config)
@@ -779,8 +781,8 @@ def main(args):
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames
     frames = step * args.action_repeat
-    random_play = True
-    row = None  # the first step resets
+    random_play = updates == 0
+    row = None  # until the first step, which resets
     state = rssm.initial(args.num_envs)
 
     def save():
@@ -796,17 +798,19 @@ def main(args):
     if is_new:
         save()  # so that a run can be resumed from its first moment on
     with runtime.Interrupt() as interrupt:  # on a signal or a failed environment: save and end
-        while not interrupt.agreed():
+        # A turn sends a step, learns and reports while the environments take it, and receives it.
+        # Until then step, frames and replay know nothing of it: it can be dropped at any time.
+        while True:
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = step >= args.prefill and len(replay) >= args.batch_length
 
-            if learning and random_play:
+            if learning and random_play:  # it is over, and is not to be played again
                 random_play = False
                 envs.warn_if_endless()
                 save()
 
             # Act: environments begin a step, a reset where an episode has ended. The noise has a
-            # seed that follows from the step: one that a signal drops leaves no trace.
+            # seed that follows from the step, so that a dropped one does not shift later draws.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:
@@ -825,7 +829,7 @@ def main(args):
                     agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
                 metrics.record(losses, updates)
                 updates += 1
-            if interrupt.code:
+            if interrupt.agreed():
                 break  # the step in flight is dropped: nothing of it was stored
 
             # Report what became due since the last report; save before an evaluation can fail.

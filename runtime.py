@@ -9,6 +9,7 @@ first process, of rank 0, logs and saves for all.
 
 import contextlib
 import ctypes
+import datetime
 import hashlib
 import importlib
 import io
@@ -51,7 +52,8 @@ Share = typing.Annotated[float, 0, 1]
 Weight = typing.Annotated[float, 0, 2**31 - 1]
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 
-# Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
+# Flags that may change when a run goes on or is evaluated: they change nothing that is learned
+# (but for --eval-envs 0, with which every evaluation cuts the training's episodes).
 CHANGEABLE = {
     "resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes",
     "video_every", "checkpoint_every", "capture_video", "track", "cuda", "threads", "graph",
@@ -107,6 +109,9 @@ class Terminal:
         with contextlib.suppress(OSError):
             self.stream.flush()
 
+    def __eq__(self, other):  # so that tqdm knows it for the stream of a bar
+        return self.stream is getattr(other, "stream", other)
+
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
@@ -153,7 +158,9 @@ class Interrupt(contextlib.AbstractContextManager):
         self.code = 0  # the exit code on which all processes agreed
         self.received = 0  # the exit code of a signal to this process
         for number in SIGNALS:
-            signal.signal(number, self.receive)
+            by_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not by_nohup:
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = 128 + number
@@ -216,7 +223,9 @@ def join_processes(device):
         if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):  # several machines count differently
             # The store outlives a restart, with the addresses of the dead.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+        # One process may play a long evaluation while the others wait.
+        day = datetime.timedelta(days=1)
+        dist.init_process_group(backend, day, WORLD, RANK, store)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -419,7 +428,8 @@ def open_run(args, replay_bytes):
             write_args(run, args)
     wait_for_all()
     if not is_new and not any((run / name).exists() for name in CHECKPOINTS):
-        raise UserError(f"no checkpoint can be read in {shown(run)}")
+        hint = "nothing was saved yet, remove the folder to begin again"
+        raise UserError(f"no checkpoint can be read in {shown(run)}: {hint}")
     count = 1 + len([*run.glob("rank[1-9]*")])
     if count != WORLD:
         raise UserError(
@@ -612,8 +622,15 @@ class Logger:
     def __init__(self, run, args):
         self.run = run
         self.args = args
-        self.frames = 0  # as of the last row or progress
+        self.frames = 0
+        self.kept = []  # rows of the frame at which a resumed run goes on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
+        if args["track"] and RANK == 0:
+            with explain("--track", Exception):
+                sys.modules["wandb"].init(
+                    project=args["wandb_project_name"], entity=args["wandb_entity"],
+                    name=run.name, id=run.name, resume="allow", config=args, sync_tensorboard=True,
+                )  # fmt: skip
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
         self.bar = tqdm(
             total=args["total_frames"], unit=" frames", disable=RANK > 0,
@@ -621,19 +638,19 @@ class Logger:
         )  # fmt: skip
         if RANK:
             return
-        if args["track"]:
-            with explain("--track", Exception):
-                sys.modules["wandb"].init(
-                    project=args["wandb_project_name"], entity=args["wandb_entity"],
-                    name=run.name, id=run.name, resume="allow", config=args, sync_tensorboard=True,
-                )  # fmt: skip
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         threading.excepthook = except_for_writers(threading.excepthook)
 
     @cached_property
     def writer(self):
         """Of TensorBoard, which forgets what a resumed run is about to log again."""
-        return SummaryWriter(self.run, purge_step=self.bar.initial + 1)
+        frames = self.bar.initial
+        writer = SummaryWriter(self.run, purge_step=frames)
+        for row in self.kept:  # those of the checkpoint's own frame, purged with the rest
+            for tag, value in row.items():
+                if tag not in ("frames", "updates", "seconds"):
+                    writer.add_scalar(tag, value, frames)
+        return writer
 
     def state_dict(self):
         seconds = time.time() - self.began
@@ -651,6 +668,9 @@ class Logger:
             size = min(state["bytes"], self.file.tell())
             self.file.truncate(size)
             self.file.seek(size)
+            for line in (self.run / "metrics.jsonl").read_bytes().splitlines():
+                if line.startswith(b'{"frames": %d, ' % self.frames):
+                    self.kept.append(json.loads(line))
             write_args(self.run, self.args)
 
     def progress(self, frames):

@@ -7,3 +7,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side take a core each
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_process_after_another(monkeypatch):
+    """Puts back what a run changes for its whole process, and shows paths as seen from here."""
+    import runtime
+
+    def shown(path):
+        here = Path.cwd()
+        return path.relative_to(here) if path.is_relative_to(here) else path
+
+    monkeypatch.setattr(runtime, "shown", shown)
+    streams = sys.stdout, sys.stderr
+    yield
+    sys.stdout, sys.stderr = streams

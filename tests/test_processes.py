@@ -472,6 +472,7 @@ def test_a_run_folder_has_a_part_for_each_process(rank, tmp_path, monkeypatch):
     own = runtime.rank_folder(run, rank)
     assert own == (run / f"rank{rank}" if rank else run)
     assert list(own.glob("replay")) == [own / "replay"]
+    (run / "checkpoint.pt").touch()
     as_process(monkeypatch, rank, 3)
     assert runtime.open_run(args, 0) == (run, False)
     for world in (1, 4):
@@ -482,6 +483,7 @@ def test_a_run_folder_has_a_part_for_each_process(rank, tmp_path, monkeypatch):
     alone = flags_of(tmp_path / "alone")
     as_process(monkeypatch, 0, 1)
     runtime.open_run(alone, 0)
+    (tmp_path / "alone" / "checkpoint.pt").touch()
     as_process(monkeypatch, 1, 2)
     with pytest.raises(
         runtime.UserError, match="has replays for --nproc-per-node 1 in all, not for 2"
@@ -528,9 +530,9 @@ def test_an_evaluation_is_shared_out(monkeypatch):
     played = {}
     right = torch.eye(2)[[1] * 5]
     for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3)):
-        as_process(monkeypatch, rank, world, others=[[] for _ in range(world)])
+        as_process(monkeypatch, rank, world, others=[([], 0) for _ in range(world)])
         envs = make_envs(5, "CartPole-v1", first_index=10_000)
-        returns, _ = common.evaluate(envs, lambda row, state: (right, state), {}, 7)
+        returns, *_ = common.evaluate(envs, lambda row, state: (right, state), {}, 7)
         assert envs.indices == range(10_000, 10_005)
         played[rank, world] = returns.tolist()
         envs.close()

@@ -74,9 +74,8 @@ def user_env():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working directory of one's own, from which commands seem to be typed."""
+    """A working directory of one's own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runtime, "STARTED_IN", tmp_path)
     return tmp_path
 
 
@@ -84,7 +83,7 @@ def play(script, flags, code=0):
     """A run in this process, as from the command line, that must end with the exit code."""
     module = importlib.import_module(script)
     handlers = {number: signal.getsignal(number) for number in runtime.SIGNALS}
-    streams, hook = (sys.stdout, sys.stderr), threading.excepthook
+    hook = threading.excepthook
     try:
         with runtime.exit_on_error():
             args = runtime.parse_args(
@@ -94,7 +93,6 @@ def play(script, flags, code=0):
     except SystemExit as exit_:
         ended = exit_.code
     finally:
-        sys.stdout, sys.stderr = streams
         threading.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -249,7 +247,10 @@ def test_a_dropped_terminal_lets_a_run_save_itself(tmp_path):
     command = [sys.executable, str(ROOT / "dreamerv2.py"), "--env-id", "CartPole-v1"]
     command += [*TINY.split(), "--total-frames", "100000", "--eval-every", "0"]
     reader, writer = os.pipe()
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=writer, stderr=writer)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=writer, stderr=writer,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     os.close(writer)
     end = time.monotonic() + 90
     while not any("losses/model" in path.read_text() for path in tmp_path.glob("runs/*/*.jsonl")):
@@ -608,7 +609,7 @@ def test_a_run_says_what_the_agent_sees(user_env):
     assert seen["image"] == "image 3 x 64 x 64 from 16 x 16 x 3, 2 discrete actions"
     assert seen["both"] == "image 3 x 64 x 64 from 16 x 16, vector 3, 2 discrete actions"
     assert "vector 768" in seen["floats"]
-    assert "no image, since images are uint8" in seen["floats"]
+    assert "the observation taken as vector and not as image, since not of uint8" in seen["floats"]
 
 
 @pytest.mark.parametrize("observation", ["pixels", "both"])

@@ -13,7 +13,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -47,9 +47,9 @@ class Args:
     num_envs: runtime.Count = 1
     lr: runtime.Rate = 0.1
     clip: float = 100.0
-    log_every: int = 10
+    log_every: runtime.Whole = 10
     eval_episodes: int = 1
-    sticky_prob: float | None = None
+    sticky_prob: Annotated[float | None, 0, 1] = None
     track: bool = False
     graph: bool = True
     compile: bool = False
@@ -196,7 +196,7 @@ def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(run):
 @pytest.mark.parametrize(("flags", "bounds"), [
     ("--num-envs 0", "1 to 2147483647"), ("--num-envs -2", "1 to 2147483647"),
     ("--lr 0.0", "1e-30 to 2147483647"), ("--lr nan", "1e-30 to 2147483647"),
-    ("--log-every -1", "0 to 2147483647"), ("--sticky-prob -0.5", "0 to 2147483647"),
+    ("--log-every -1", "0 to 2147483647"), ("--sticky-prob -0.5", "0 to 1"),
 ])  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(run, flags, bounds):
     flag, value = flags.split()
@@ -620,7 +620,7 @@ def test_a_new_run_has_a_folder_that_says_what_it_is(tmp_path, monkeypatch):
     run, is_new = runtime.open_run(args, 0)
     runtime.Logger(run, args).close()
     assert is_new
-    assert run.parent == Path("runs")
+    assert run.parent == tmp_path / "runs"
     assert run.name.split("__")[:3] == ["ALE-Pong-v5", "mine", "4"]
     assert run.name.split("__")[3].isdigit()
     assert (run / "replay").is_dir()
@@ -667,8 +667,9 @@ def test_a_run_begins_in_a_folder_that_is_missing_or_empty(tmp_path, monkeypatch
     assert not Path(folder).exists() or not contents(Path(folder))
 
     run, is_new = runtime.open_run(asdict(args), 0)
-    assert (run, is_new) == (Path(folder), True)
-    assert capsys.readouterr().out == f"a new run begins in {folder}\n"
+    assert (run, is_new) == (tmp_path / folder, True)
+    said = f"a new run begins in {run.relative_to(tmp_path)}\n"
+    assert capsys.readouterr().out == said
     assert contents(run).keys() == {"args.yaml", "replay"}
     assert yaml.safe_load((run / "args.yaml").read_text()) == expected
     assert not Path("runs").exists()
@@ -683,7 +684,7 @@ def test_the_run_that_began_in_a_folder_goes_on_with_the_same_flags(tmp_path, mo
     before = contents(Path("mine"))
     capsys.readouterr()
     assert asdict(parse(line)) == asdict(parse("--resume mine")) == asdict(first)
-    assert runtime.open_run(asdict(first), 2**60) == (Path("mine"), False)  # it has its replay
+    assert runtime.open_run(asdict(first), 2**60) == (tmp_path / "mine", False)  # it has its replay
     assert capsys.readouterr().out == "the run in mine goes on\n"
     assert contents(Path("mine")) == before
     with pytest.raises(runtime.UserError, match="--lr cannot change in a run that exists"):
@@ -1234,8 +1235,8 @@ def test_tracking_logs_to_weights_and_biases(run, monkeypatch):
     init = SimpleNamespace(init=lambda **options: calls.append(options))
     monkeypatch.setitem(sys.modules, "wandb", init)
     runtime.Logger(run, args).close()
-    where = {"project": "some", "entity": None, "name": run.name}
-    assert calls == [{"config": args, "sync_tensorboard": True} | where]
+    where = {"project": "some", "entity": None, "name": run.name, "id": run.name}
+    assert calls == [{"config": args, "sync_tensorboard": True, "resume": "allow"} | where]
 
 
 @pytest.mark.parametrize("shape", [(6, 20, 30), (6, 20, 30, 3)])

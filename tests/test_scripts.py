@@ -498,7 +498,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     folder = wait_for(
         tmp_path, lambda folder: '"updates": 5' in (folder / "metrics.jsonl").read_text()
     )
-    assert counters(folder) == (0, 0)  # of the beginning
+    assert counters(folder) == (200, 0)  # of the end of random play
     process.send_signal(number)
     done = finish(process, code)
     step, updates = counters(folder)
@@ -568,9 +568,7 @@ def test_evaluate_prints_the_mean_and_leaves_the_run_as_it_is(script, small, cop
 # What a run refuses
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(script, tmp_path):
     (tmp_path / "odd_envs.py").write_text(ENVS)
-    flags = (
-        f"--env-id odd_envs:Huge-v0 {SIZES[script]} --total-frames 1000 --checkpoint-every 240"
-    )
+    flags = f"--env-id odd_envs:Huge-v0 {SIZES[script]} --total-frames 1000 --checkpoint-every 240"
     done = finish(start(script, flags, tmp_path), code=1)
     [folder] = (tmp_path / "runs").iterdir()
     assert counters(folder)[0] == 240
@@ -627,7 +625,7 @@ BAD = {
     "--env-id Pendulum-v1 --actor-dist onehot": "onehot is not for Pendulum-v1's",
     "--resume foreign": "foreign is no run folder of this script",
     "--evaluate foreign": "foreign is no run folder of this script",
-    "--resume begun": "begun/replay, or it is missing",
+    "--resume begun": "no checkpoint can be read in begun: nothing was saved yet",
     "--evaluate begun": "no checkpoint can be read in begun",
     "--resume begun --deter 32": "--deter cannot change",
 }  # fmt: skip

@@ -23,7 +23,7 @@ DIFFERENT = {
     *("Args", "DMC", "SMALL", "block", "Actor.forward", "RSSM", "RSSM.__init__", "RSSM.stats"),
     *("RSSM.dist", "RSSM.state", "RSSM.gru_step", "RSSM.observe", "RSSM.imagine", "RSSM.kl"),
     *("WorldModel.__init__", "WorldModel.loss", "lambda_return", "behavior_loss", "make_agent"),
-    *("make_optimizers", "update", "resolve_auto", "replay_rows", "main"),
+    *("make_optimizers", "update", "resolve_auto", "replay_capacity", "main"),
 }
 
 
@@ -124,7 +124,7 @@ def test_both_import_the_same():
     assert imports(ONE)[-3:] == [
         "import common",
         "import runtime",
-        "from runtime import Count, Rate, Share, UserError",
+        "from runtime import Count, Rate, Share, UserError, Weight, Whole",
     ]
 
 
