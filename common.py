@@ -205,8 +205,11 @@ class DreamerSpaces(gym.Wrapper):
 
     @property
     def has_limit(self):
-        declared = self.spec is not None and (self.spec.max_episode_steps or 0) > 0
-        return declared or self.limit < math.inf
+        """Whether something promises that an episode ends, as far as one can know."""
+        if self.limit < math.inf or self.spec is None:
+            return self.limit < math.inf
+        limited = self.spec.namespace in ("dm_control", "ALE")  # by themselves
+        return limited or (self.spec.max_episode_steps or 0) > 0
 
     def explain_failure(self):
         env_id = getattr(self.spec, "id", self.spec)
@@ -481,12 +484,22 @@ def make_envs(args):
     return envs, Envs(args, count, first_index=10_000, render=args.capture_video)
 
 
+def make_in_process(maker):
+    """Makes an environment in a process of its own, where Ctrl-C does nothing.
+
+    Unlike an ignored signal, one that is handled is not inherited by what the environment starts.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    return maker()
+
+
 def start_processes(makers):
     """A vector of environments with a process each."""
     gym.logger.min_level = gym.logger.ERROR + 1  # explain_failure says it
     # Ctrl-C in a terminal reaches the processes as well, which have to finish their steps.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        makers = [partial(make_in_process, maker) for maker in makers]
         return gym.vector.AsyncVectorEnv(makers, context="spawn")
     finally:
         signal.signal(signal.SIGINT, handler)

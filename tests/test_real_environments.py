@@ -216,6 +216,46 @@ def test_a_process_that_an_environment_starts_ends_of_a_signal():
             signal.signal(number, handler)
 
 
+STARTING = """
+import subprocess
+
+import gymnasium as gym
+import numpy as np
+
+
+class Starting(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        text = open("/proc/self/status").read()
+        child = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True).stdout
+        masks = [int(t.split("SigIgn:")[1].split()[0], 16) for t in (text, child)]
+        self.ignores = [mask >> 1 & 1 for mask in masks]  # SIGINT is number 2
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+gym.register("Starting-v0", Starting)
+"""
+
+
+@pytest.mark.slow
+def test_what_an_environment_in_a_process_starts_can_be_interrupted(tmp_path, monkeypatch):
+    (tmp_path / "starting.py").write_text(STARTING)
+    monkeypatch.syspath_prepend(tmp_path)
+    envs = common.Envs(env_args("starting:Starting-v0"), 1, parallel=True)
+    envs.send(envs.random_actions())
+    envs.receive()
+    assert envs.vector.get_attr("ignores")[0] == [0, 0]
+    os.kill(envs.vector.processes[0].pid, signal.SIGINT)
+    envs.send(envs.random_actions())
+    envs.receive()  # it was not disturbed
+    envs.close()
+
+
 class Moving(Basic):
     """Changes the working directory at each reset."""
 
