@@ -90,9 +90,10 @@ def place_of(error):
     ours = (__file__, str(Path(__file__).with_name("common.py")))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
     own = [f for f in frames if "site-packages" not in f.filename]
-    for last in (own or frames)[-1:]:
-        return f" ({last.filename}:{last.lineno})"
-    return ""
+    if not frames:
+        return ""
+    last = own[-1] if own else frames[-1]
+    return f" ({last.filename}:{last.lineno})"
 
 
 class Terminal:
@@ -140,7 +141,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def restore_signals():
-    """Gives signals back to a process that an environment starts, which may have to end of one."""
+    """Lets signals do what they do by default, in a process that an environment forks."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
@@ -358,7 +359,7 @@ def parse_args(cls, presets, choose_preset, argv=None):
     args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
     check_bounds(args)
     if exists:
-        changeable = CHANGEABLE | ({"seed"} if given.evaluate else set())
+        changeable = CHANGEABLE | ({"seed", "eval_envs"} if given.evaluate else set())
         for name, value in vars(args).items():
             if value != default[name] and name not in changeable:
                 raise UserError(f"{flag_name(name)} cannot change in a run that exists")

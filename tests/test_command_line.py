@@ -464,7 +464,11 @@ def assert_fixed(script, name, data):
         change = flag_of(f"no_{name}" if value else name)
     else:
         change = f"{flag_of(name)}={data.draw(others(hint, value))}"
-    goes_on = "resume" if name == "seed" else data.draw(st.sampled_from(["resume", "evaluate"]))
+    goes_on = (
+        "resume"
+        if name in ("seed", "eval_envs")
+        else data.draw(st.sampled_from(["resume", "evaluate"]))
+    )
     flags = [f"--{goes_on}", f"v{script[-1]}/begun", change]
     line = the_line(refuse(script, flags, whole=False))
     assert line == f"{flag_of(name)} cannot change in a run that exists"
