@@ -509,7 +509,8 @@ def test_a_diff_applies_to_a_copy_of_the_script_which_then_learns(script, diff, 
     assert learnt(module, flags, *tags)
     args = runtime.read_args(module.Args, "runs/new")
     if "reward_shift" in diff:
-        assert (args["reward_shift"], args["milestones"]) == (-0.5, [10, 20, 30])
+        assert (args["reward_shift"], args["temperature"]) == (-0.5, -2.5)
+        assert args["milestones"] == (10, 20, 30)
     assert train(module, ["--resume", "runs/new", "--total-frames", "200"]) == 0
     assert args["exp_name"] == "mine"
 
