@@ -325,7 +325,8 @@ class Envs:
         self.parallel = parallel
         self.indices = range(first, first + num_envs)
         makers = [partial(make_env, args, index, render) for index in self.indices]
-        self.vector = start_processes(makers) if parallel else gym.vector.SyncVectorEnv(makers)
+        with kept_rng():  # an environment may seed torch
+            self.vector = start_processes(makers) if parallel else gym.vector.SyncVectorEnv(makers)
         space = self.vector.single_action_space
         self.discrete = isinstance(space, MultiBinary)  # actions are one-hot
         observations = self.vector.single_observation_space.items()
@@ -406,7 +407,7 @@ class Envs:
         is_first = self.ended
         self.in_flight = False
         self.episodes = self.episodes + is_first  # also if a reset fails, which is not tried again
-        with self.explain_dead_process(), kept_rng():  # an environment may seed torch
+        with self.explain_dead_process(), kept_rng():
             obs, reward, terminated, truncated = self.end_step()
         self.ended = terminated | truncated
         self.returns = np.where(is_first, 0, self.returns + reward)

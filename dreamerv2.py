@@ -114,7 +114,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     eval_episodes: Count = 1  # episodes of an evaluation
     eval_envs: Whole = 10  # environments of its own at most; 0 plays in those of training
     video_every: Whole = 1_000_000  # frames between open-loop videos, 0 is never
-    checkpoint_every: Whole = 500_000  # frames between checkpoints, 0 is only at the end
+    checkpoint_every: Whole = 500_000  # frames between checkpoints, 0 is none in between
     capture_video: bool = False  # film an episode of each evaluation
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "dreamer"  # project in Weights & Biases

@@ -39,7 +39,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
-STARTED_IN = Path.cwd()
+STARTED_IN = None  # where the command was typed; an environment may change the directory
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
@@ -143,7 +143,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def restore_signals():
     """Lets signals do what they do by default, in a process that an environment forks."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=restore_signals)
@@ -191,6 +192,8 @@ class Interrupt(contextlib.AbstractContextManager):
 
 def setup(seed, cuda, deterministic, threads):
     """Seeds torch, the same in every process, meets the others -> the device."""
+    global STARTED_IN
+    STARTED_IN = Path.cwd()
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -226,7 +229,9 @@ def join_processes(device):
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         # One process may play a long evaluation while the others wait.
         day = datetime.timedelta(days=1)
-        dist.init_process_group(backend, day, WORLD, RANK, store)
+        dist.init_process_group(
+            backend, store=store, rank=RANK, world_size=WORLD, timeout=day
+        )  # fmt: skip
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -413,8 +418,7 @@ def open_run(args, replay_bytes):
     if any(other != args for other in all_gather(args)):
         raise UserError("the processes have to be started with the same flags")
     name = f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{time.time_ns() // 10**6}"
-    run = Path(args["resume"] or Path("runs") / name.replace("/", "-").replace(":", "-"))
-    run = run.absolute()  # an environment may change the working directory
+    run = from_start(args["resume"] or Path("runs") / name.replace("/", "-").replace(":", "-"))
     run, is_new = all_gather((run, is_free(run)))[0]
     if is_new:
         needed = replay_bytes * WORLD / 2**30
@@ -440,9 +444,15 @@ def open_run(args, replay_bytes):
     return run, is_new
 
 
+def from_start(path):
+    """An absolute path, from one that was meant from where the command was typed."""
+    return (STARTED_IN or Path.cwd()) / path
+
+
 def shown(path):
     """A path as seen from where the command was typed."""
-    return path.relative_to(STARTED_IN) if path.is_relative_to(STARTED_IN) else path
+    here = STARTED_IN or Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def rank_folder(run, rank=RANK):
@@ -472,7 +482,7 @@ def print_evaluation(run, returns, cut, film):
     said = f", {cut} of them cut short" if cut else ""
     print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes{said}")
     if film:
-        save_gif(Path(run, "videos/evaluate.gif"), film)
+        save_gif(from_start(run) / "videos" / "evaluate.gif", film)
 
 
 def resume_command(run, env_id):
@@ -520,7 +530,7 @@ def replace_checkpoint(run, state):
 def load_checkpoint(run, parts):
     """Gives parts and generators the states of the last whole checkpoint -> its counters."""
     for name in CHECKPOINTS:
-        path = Path(run) / name
+        path = from_start(run) / name
         try:
             counters = read_checkpoint(path, parts)
         except Exception as error:  # whatever a file from someone else may hold

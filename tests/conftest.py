@@ -13,14 +13,10 @@ import pytest  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def one_process_after_another(monkeypatch):
-    """Puts back what a run changes for its whole process, and shows paths as seen from here."""
+    """Puts back what a run changes for its whole process."""
     import runtime
 
-    def shown(path):
-        here = Path.cwd()
-        return path.relative_to(here) if path.is_relative_to(here) else path
-
-    monkeypatch.setattr(runtime, "shown", shown)
+    monkeypatch.setattr(runtime, "STARTED_IN", None)
     streams = sys.stdout, sys.stderr
     yield
     sys.stdout, sys.stderr = streams
