@@ -138,8 +138,8 @@ def explain_failure(env_id, seed, index, episode):
 class DreamerSpaces(gym.Wrapper):
     """Any Box or Dict of Boxes as a dict of image (C, 64, 64) uint8 and vector (V,) float32.
 
-    Discrete actions are one-hot, others flat in [-1, 1] and scaled to finite bounds. The seed of
-    an episode follows from those of the run, the environment's index and the episode's number.
+    Discrete actions are one-hot, others flat in [-1, 1] and scaled to finite bounds. The seed
+    of an episode follows from the run's seed, the environment's index and the episode's number.
     Whatever goes wrong between the environment and a row is an error of the environment.
     """
 
@@ -174,9 +174,9 @@ class DreamerSpaces(gym.Wrapper):
         channels = [boxes[k].shape[2:] for k in self.image_keys]
         sizes = [math.prod(box.shape) for box in boxes.values()]
         if not spaces or channels not in ([], [()], [(1,)], [(3,)]) or 0 in sizes:
-            wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3), is taken"
+            wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3)"
             said = f"--observation {observation} does not fit observations {space}"
-            raise UserError(f"{said}: {wanted}")
+            raise UserError(f"{said}: {wanted}, is taken")
         self.observation_space = Dict(spaces)
 
         if isinstance(self.actions, Discrete):
@@ -240,7 +240,8 @@ class DreamerSpaces(gym.Wrapper):
             return unflatten(self.actions, action)
         share = (np.float64(action).reshape(self.actions.shape) + 1) / 2
         action = self.low * (1 - share) + self.high * share
-        low, high = self.actions.low, self.actions.high
+        low = self.actions.low
+        high = self.actions.high
         if self.actions.dtype.kind == "f":
             return np.asarray(np.clip(action, low, high), self.actions.dtype)
         # In Python's whole numbers, since those of 64 bits have more digits than a float.
@@ -253,7 +254,8 @@ class DreamerSpaces(gym.Wrapper):
     def observe(self, obs):
         if isinstance(obs, dict) == (None in self.boxes):
             kind = type(obs).__name__
-            raise ValueError(f"the observation is a {kind}, its space {self.env.observation_space}")
+            space = self.env.observation_space
+            raise ValueError(f"the observation is a {kind}, its space says {space}")
         parts = obs if isinstance(obs, dict) else {None: obs}
         parts = {k: self.check(k, parts[k]) for k in self.image_keys + self.vector_keys}
         out = {}
@@ -270,11 +272,13 @@ class DreamerSpaces(gym.Wrapper):
 
     def check(self, key, value):
         """The part of an observation as its space promises it."""
-        value, box = np.asarray(value), self.boxes[key]
+        value = np.asarray(value)
+        box = self.boxes[key]
         name = "the observation" if key is None else f"the observation's {key!r}"
         if value.shape != box.shape:
             raise ValueError(f"{name} has shape {value.shape}, its space says {box.shape}")
-        if value.dtype != box.dtype and (key in self.image_keys or value.dtype.kind not in "fiub"):
+        numbers = value.dtype.kind in "fiub"  # which float32 can hold, as a vector
+        if value.dtype != box.dtype and (key in self.image_keys or not numbers):
             raise ValueError(f"{name} is {value.dtype}, its space says {box.dtype}")
         return value
 
@@ -293,7 +297,8 @@ class DreamerSpaces(gym.Wrapper):
 
 def action_bounds(box):
     """What -1 and 1 stand for in a Box of actions: low, high, float64 of its shape."""
-    low, high = np.float64(box.low), np.float64(box.high)
+    low = np.float64(box.low)
+    high = np.float64(box.high)
     if box.dtype.kind != "f":
         return low - 0.5, high + 0.5  # each whole number has an equal share
     ends_above = np.isfinite(high)
@@ -325,8 +330,9 @@ class Envs:
         self.parallel = parallel
         self.indices = range(first, first + num_envs)
         makers = [partial(make_env, args, index, render) for index in self.indices]
+        make_vector = start_processes if parallel else gym.vector.SyncVectorEnv
         with kept_rng():  # an environment may seed torch
-            self.vector = start_processes(makers) if parallel else gym.vector.SyncVectorEnv(makers)
+            self.vector = make_vector(makers)
         space = self.vector.single_action_space
         self.discrete = isinstance(space, MultiBinary)  # actions are one-hot
         observations = self.vector.single_observation_space.items()
@@ -357,8 +363,8 @@ class Envs:
     def evaluating(self):
         """Inside, the environments play episodes 0, 1, ... of their seeds, of bounded length.
 
-        Afterwards each of them begins a new episode of training. A step in flight is dropped; if
-        there was one, a reset is sent in its place.
+        Afterwards each of them begins a new episode of training. A step in flight is dropped,
+        and a reset is sent in its place.
         """
         training = self.state_dict()
         in_flight = self.in_flight
@@ -406,7 +412,7 @@ class Envs:
         """
         is_first = self.ended
         self.in_flight = False
-        self.episodes = self.episodes + is_first  # also if a reset fails, which is not tried again
+        self.episodes = self.episodes + is_first  # a reset that fails is not tried again
         with self.explain_dead_process(), kept_rng():
             obs, reward, terminated, truncated = self.end_step()
         self.ended = terminated | truncated
@@ -488,7 +494,7 @@ def make_envs(args):
 def make_in_process(maker):
     """Makes an environment in a process of its own, where Ctrl-C does nothing.
 
-    Unlike an ignored signal, one that is handled is not inherited by what the environment starts.
+    What the environment starts would inherit an ignored signal, but not one that is handled.
     """
     signal.signal(signal.SIGINT, lambda number, frame: None)
     return maker()
@@ -512,7 +518,8 @@ EVAL_FRAMES = 108_000  # after which an evaluated episode is cut
 def evaluate(envs, act, state, episodes, film=False, interrupt=None):
     """Plays whole episodes, the same ones with the same noise each time.
 
-    act: function of a row and a state -> actions (N, A), state; interrupt: a signal breaks it off.
+    act: function of a row and a state -> actions (N, A), state.
+    interrupt: an Interrupt; a signal to this process breaks the evaluation off.
     -> returns, how many of the episodes were cut, a film of the first (at most 1000 images)
     """
     # How many episodes each environment has to play; each process plays those of some.

@@ -59,7 +59,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # pixels of dm_control
     pixels: bool = False  # short for --observation pixels, rendered if need be
     grayscale: bool = False  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
@@ -665,7 +665,8 @@ def replay_capacity(args):
     prefill = args.prefill // args.action_repeat // envs
     if args.batch_length > min(rows, prefill):
         has = f"an environment has {prefill} rows after random play and keeps {rows}"
-        raise UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size: {has}")
+        flags = f"--batch-length {args.batch_length} > --prefill or --replay-size"
+        raise UserError(f"{flags}: {has}")
     return rows
 
 
@@ -733,8 +734,8 @@ def main(args):
     if is_new:
         save()  # so that a run can be resumed from its first moment on
     with runtime.Interrupt() as interrupt:  # on a signal or a failed environment: save and end
-        # A turn sends a step, learns and reports while the environments take it, and receives it.
-        # Until then step, frames and replay know nothing of it: it can be dropped at any time.
+        # A turn sends a step, learns and reports meanwhile, and receives the step. Until then
+        # step, frames and replay know nothing of it: it can be dropped at any time.
         while True:
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = frames >= args.prefill and len(replay) >= args.batch_length
@@ -744,8 +745,8 @@ def main(args):
                 envs.warn_if_endless()
                 save()
 
-            # Act: environments begin a step, a reset where an episode has ended. The noise has a
-            # seed that follows from the step, so that a dropped one does not shift later draws.
+            # Act: environments begin a step, a reset where an episode has ended. The seed of
+            # the noise follows from the step: a dropped one does not shift later draws.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:
@@ -755,8 +756,8 @@ def main(args):
                         action = envs.random_actions()
                 envs.send(action)
 
-            # Learn while they step: `pretrain` updates when random play ends, then `train_steps`
-            # at a time. A resumed run makes up for updates that a signal prevented.
+            # Learn while they step: `pretrain` updates when random play ends, then
+            # `train_steps` at a time. A resumed run makes up for updates that a signal prevented.
             trainings = (frames - args.prefill) // args.train_every
             owed = args.pretrain + args.train_steps * trainings
             while learning and updates < owed and not interrupt.agreed():

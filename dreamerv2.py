@@ -59,7 +59,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # pixels of dm_control
     pixels: bool = False  # short for --observation pixels, rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
@@ -282,7 +282,8 @@ class TwoHotHead(Head):
     def loss(self, feat, target):
         """Cross-entropy with the target shared between its two neighbors: (...)."""
         above = torch.searchsorted(self.bins, target).clamp(1, 254)
-        low, high = self.bins[above - 1], self.bins[above]
+        low = self.bins[above - 1]
+        high = self.bins[above]
         share = ((target - low) / (high - low)).clamp(0, 1)
         logp = torch.log_softmax(super().forward(feat), -1)
         near = torch.stack([above - 1, above], -1)
@@ -730,7 +731,8 @@ def replay_capacity(args):
     prefill = args.prefill // envs
     if args.batch_length > min(rows, prefill):
         has = f"an environment has {prefill} rows after random play and keeps {rows}"
-        raise UserError(f"--batch-length {args.batch_length} > --prefill or --replay-size: {has}")
+        flags = f"--batch-length {args.batch_length} > --prefill or --replay-size"
+        raise UserError(f"{flags}: {has}")
     return rows
 
 
@@ -798,8 +800,8 @@ def main(args):
     if is_new:
         save()  # so that a run can be resumed from its first moment on
     with runtime.Interrupt() as interrupt:  # on a signal or a failed environment: save and end
-        # A turn sends a step, learns and reports while the environments take it, and receives it.
-        # Until then step, frames and replay know nothing of it: it can be dropped at any time.
+        # A turn sends a step, learns and reports meanwhile, and receives the step. Until then
+        # step, frames and replay know nothing of it: it can be dropped at any time.
         while True:
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = step >= args.prefill and len(replay) >= args.batch_length
@@ -809,8 +811,8 @@ def main(args):
                 envs.warn_if_endless()
                 save()
 
-            # Act: environments begin a step, a reset where an episode has ended. The noise has a
-            # seed that follows from the step, so that a dropped one does not shift later draws.
+            # Act: environments begin a step, a reset where an episode has ended. The seed of
+            # the noise follows from the step: a dropped one does not shift later draws.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:

@@ -86,7 +86,7 @@ def explain(text, *errors, kind=UserError):
 
 
 def place_of(error):
-    """Where an error was raised, as " (file:line)": in the user's code, or else in a package."""
+    """Where an error was raised, " (file:line)": in the user's code, or else in a package."""
     ours = (__file__, str(Path(__file__).with_name("common.py")))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
     own = [f for f in frames if "site-packages" not in f.filename]
@@ -210,10 +210,9 @@ def setup(seed, cuda, deterministic, threads):
 
 def keep_freed_memory():
     """Tells malloc to keep what is freed, since asking the system anew costs page faults."""
-    trim_threshold, mmap_max = -1, -4  # numbers of mallopt's parameters
     libc = ctypes.CDLL(None)
-    libc.mallopt(trim_threshold, -1)
-    libc.mallopt(mmap_max, 0)
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
 
 
 def join_processes(device):
@@ -516,7 +515,8 @@ def save_checkpoint(run, parts, counters):
 
 
 def replace_checkpoint(run, state):
-    path, new = run / "checkpoint.pt", run / "checkpoint.new.pt"
+    path = run / "checkpoint.pt"
+    new = run / "checkpoint.new.pt"
     data = io.BytesIO()
     torch.save(state, data)
     new.write_bytes(data.getbuffer())
@@ -615,7 +615,7 @@ class Metrics:
 
 
 def except_for_writers(hook):
-    """A hook for errors of threads without those of TensorBoard's, which its writer raises too."""
+    """A hook for errors of threads, without TensorBoard's: its writer raises them itself."""
 
     def filtered(args):
         if type(args.thread).__name__ != "_AsyncWriterThread":
