@@ -461,7 +461,10 @@ def test_resume_restores_the_replay(small, resumed):
 def test_a_killed_run_goes_on_from_its_last_checkpoint(script, tmp_path):
     flags = f"--env-id CartPole-v1 {SIZES[script]} --total-frames 100000 --checkpoint-every 250"
     process = start(script, flags, tmp_path)
-    folder = wait_for(tmp_path, lambda folder: (folder / "checkpoint.pt").exists())
+    folder = wait_for(
+        tmp_path,
+        lambda folder: (folder / "checkpoint.pt").exists() and counters(folder)[1] > 0,
+    )
     rows_before = len(metrics(folder))
     wait_for(tmp_path, lambda folder: len(metrics(folder)) > rows_before + 3)
     process.kill()
