@@ -666,6 +666,12 @@ class Replay:
             batch = {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
         return batch
 
+    def zeros(self, batch_size, length):
+        """A batch like those of `sample`, all zero."""
+        shape = (length, batch_size)
+        batch = {k: np.zeros(shape + v.shape[2:], v.dtype) for k, v in self.data.items()}
+        return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
+
     def windows_at_ends(self, length):
         """The numbers of the windows that end on an episode's last row, before a reset."""
         resets = np.flatnonzero(self.data["is_first"][: self.end])  # fast, since of one byte

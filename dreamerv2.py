@@ -44,8 +44,8 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
-    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # by id
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's
+    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # auto: by id
+    exp_name: str = Path(__file__).stem  # part of a run folder's name
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 200_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
@@ -723,6 +723,13 @@ def resolve_auto(args, device, discrete):
         raise UserError(f"--actor-dist {args.actor_dist} is not for {args.env_id}'s actions")
 
 
+def updates_owed(step, args):
+    """Updates in all: `pretrain` and one when random play ends, then one at a time."""
+    if step < args.prefill:
+        return 0
+    return args.pretrain + 1 + (step - args.prefill) // args.train_every
+
+
 def replay_capacity(args):
     """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
     envs = args.num_envs * runtime.WORLD
@@ -757,11 +764,13 @@ def main(args):
     )  # fmt: skip
     if args.evaluate:
         runtime.load_checkpoint(args.evaluate, {"agent": agent})
-        runtime.print_evaluation(args.evaluate, *evaluate())
+        returns, cut, film = evaluate()
+        runtime.print_evaluation(args.evaluate, returns, cut, film)
         return 0
 
     # Begin a run, or go on with that of --resume.
     total_steps = args.total_frames // args.action_repeat
+    total_updates = updates_owed(total_steps, args)
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
     capacity = replay_capacity(args)
     replay_bytes = capacity * args.num_envs * common.row_bytes(shapes)
@@ -799,6 +808,10 @@ def main(args):
 
     if is_new:
         save()  # so that a run can be resumed from its first moment on
+    if device.type == "cpu" and not args.compile:
+        batch = replay.zeros(batch_size, args.batch_length)
+        learn_once = partial(update, batch=batch, args=args)
+        runtime.print_estimate(learn_once, agent, optimizers, total_updates - updates)
     with runtime.Interrupt() as interrupt:  # on a signal or a failed environment: save and end
         # A turn sends a step, learns and reports meanwhile, and receives the step. Until then
         # step, frames and replay know nothing of it: it can be dropped at any time.
@@ -821,9 +834,8 @@ def main(args):
                         action = envs.random_actions()
                 envs.send(action)
 
-            # Learn while they step: `pretrain` updates and one when random play ends, then one
-            # at a time. A resumed run makes up for updates that a signal prevented.
-            owed = args.pretrain + 1 + (step - args.prefill) // args.train_every
+            # Learn while they step. A resumed run makes up for updates that a signal prevented.
+            owed = updates_owed(step, args)
             while learning and updates < owed and not interrupt.agreed():
                 batch = replay.sample(batch_size, args.batch_length, args.favor_ends)
                 losses = learn(batch)
@@ -831,6 +843,7 @@ def main(args):
                     agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
                 metrics.record(losses, updates)
                 updates += 1
+                logger.progress(frames, updates, total_updates)
             if interrupt.agreed():
                 break  # the step in flight is dropped: nothing of it was stored
 
@@ -845,6 +858,8 @@ def main(args):
                 logger.log(result, frames, updates)
                 if film:
                     logger.gif("eval/episode", film, frames)
+                if finished:
+                    runtime.print_evaluation(run, returns, cut)
             if due(args.log_every) and updates:
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
             if args.video_every and due(args.video_every) and learning and "image" in shapes:
@@ -861,7 +876,7 @@ def main(args):
             replay.add(row)
             step += taken  # a reset is no step
             frames = step * args.action_repeat
-            logger.progress(frames)
+            logger.progress(frames, updates, total_updates)
             for episode in episodes:
                 logger.log(episode, frames, updates)
 

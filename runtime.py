@@ -8,6 +8,7 @@ first process, of rank 0, logs and saves for all.
 """
 
 import contextlib
+import copy
 import ctypes
 import datetime
 import hashlib
@@ -476,10 +477,46 @@ def describe(args, device, agent, replay, observations):
     print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {gib:.2f} GiB")
 
 
-def print_evaluation(run, returns, cut, film):
+def print_estimate(update, agent, optimizers, updates):
+    """Prints how long so many updates take on this CPU, by one or two of a copy of the agent.
+
+    update: function of agent and optimizers.
+    """
+    if updates <= 0:
+        return
+    agent, optimizers = copy.deepcopy((agent, optimizers))
+    with forked_rng("estimate"):
+        seconds = timed(update, agent, optimizers)
+        if seconds < 1:  # the first one also takes the time to get ready
+            seconds = timed(update, agent, optimizers)
+    day = 24 * 60 * 60
+    hint = "; --env-id CartPole-v1 takes ten minutes" if updates * seconds > day else ""
+    tqdm.write(f"{updates:,} updates to come, {duration(updates * seconds)} on this CPU{hint}")
+
+
+def timed(function, *inputs):
+    """Seconds of a call."""
+    began = time.perf_counter()
+    function(*inputs)
+    return time.perf_counter() - began
+
+
+def duration(seconds):
+    """In words, as "about 3 hours"."""
+    day = 24 * 60 * 60
+    units = {"years": 365 * day, "months": 30 * day, "days": day, "hours": 3600, "minutes": 60}
+    for unit, length in units.items():
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.0f} {unit}"
+    return f"about {seconds:.0f} seconds"
+
+
+def print_evaluation(run, returns, cut, film=None):
     """Prints mean and standard deviation of returns and how many of the episodes were cut."""
     said = f", {cut} of them cut short" if cut else ""
-    print(f"return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes{said}")
+    digits = 1 if abs(returns.mean()) >= 10 else 3  # some tasks pay less than 1 in all
+    result = f"return {returns.mean():.{digits}f} +- {returns.std():.{digits}f}"
+    tqdm.write(f"{result} in {len(returns)} episodes{said}, {shown(from_start(run))}")
     if film:
         save_gif(from_start(run) / "videos" / "evaluate.gif", film)
 
@@ -624,6 +661,9 @@ def except_for_writers(hook):
     return filtered
 
 
+BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{left}, {{rate_fmt}}{{postfix}}]"
+
+
 class Logger:
     """The same numbers to TensorBoard, metrics.jsonl and Weights & Biases, and a progress bar.
 
@@ -634,6 +674,7 @@ class Logger:
         self.run = run
         self.args = args
         self.frames = 0
+        self.learning_since = None  # time and updates when learning began or went on
         self.kept = []  # rows of the frame at which a resumed run goes on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
@@ -645,7 +686,7 @@ class Logger:
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
         self.bar = tqdm(
             total=args["total_frames"], unit=" frames", disable=RANK > 0,
-            mininterval=wait, maxinterval=wait,
+            mininterval=wait, maxinterval=wait, miniters=0, bar_format=BAR.format(left="?"),
         )  # fmt: skip
         if RANK:
             return
@@ -684,7 +725,18 @@ class Logger:
                     self.kept.append(json.loads(line))
             write_args(self.run, self.args)
 
-    def progress(self, frames):
+    def progress(self, frames, updates, total_updates):
+        """Moves the bar; the time left is that of the updates to come, at the speed so far."""
+        if updates == 0:
+            self.bar.set_postfix_str("random play", refresh=False)
+        elif self.learning_since is None:
+            self.bar.set_postfix_str("", refresh=False)
+            self.learning_since = (time.time(), updates)
+        elif updates > self.learning_since[1]:
+            began, before = self.learning_since
+            per_update = (time.time() - began) / (updates - before)
+            left = max(0, total_updates - updates) * per_update
+            self.bar.bar_format = BAR.format(left=tqdm.format_interval(left))
         self.bar.update(frames - self.frames)
         self.frames = frames
 

@@ -1,0 +1,95 @@
+"""What a run says while it goes on: how long it takes, and how it ended."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import TINY, checkpoint, metrics, play, run, without_clock
+
+import runtime
+
+CARTPOLE = f"--env-id CartPole-v1 {TINY} --total-frames 300 --eval-every 100 --log-every 50"
+
+
+@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+def test_the_estimate_changes_no_weight_and_no_later_number(script, tmp_path, monkeypatch, capsys):
+    folders = []
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        folders.append(play(script, CARTPOLE))
+        monkeypatch.setattr(runtime, "print_estimate", lambda *inputs: None)
+    assert capsys.readouterr().out.count(" updates to come, about ") == 1
+    rows = [without_clock(metrics(folder)) for folder in folders]
+    assert rows[0] == rows[1]
+    weights = [checkpoint(folder)["agent"] for folder in folders]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+def test_the_estimate_counts_the_updates_that_the_run_then_makes(
+    script, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = play(script, CARTPOLE)
+    said = [line for line in capsys.readouterr().out.splitlines() if "updates to come" in line]
+    assert said[0].split()[0] == str(metrics(folder)[-1]["updates"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (7, "about 7 seconds"), (119, "about 119 seconds"), (310, "about 5 minutes"),
+        (6000, "about 100 minutes"), (7200, "about 2 hours"), (40 * 3600, "about 40 hours"),
+        (50 * 86_400, "about 50 days"), (100 * 86_400, "about 3 months"),
+        (800 * 86_400, "about 2 years"),
+    ],
+)  # fmt: skip
+def test_a_duration_is_said_in_the_largest_unit_of_which_there_are_two(seconds, words):
+    assert runtime.duration(seconds) == words
+
+
+def test_the_bar_says_random_play_and_then_the_time_of_the_updates_to_come(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(runtime.time, "time", lambda: clock[0])
+    args = {"track": False, "total_frames": 400}
+    logger = runtime.Logger(tmp_path, args)
+
+    def bar(seconds, frames, updates):
+        clock[0] = 1000.0 + seconds
+        logger.progress(frames, updates, total_updates=50)
+        return str(logger.bar)
+
+    assert "<?, " in bar(1, 100, 0)
+    assert "random play" in bar(2, 200, 0)
+    assert "random play" not in bar(10, 200, 1)
+    assert "<01:36, " in bar(18, 200, 5)  # 8 s for 4 updates, and 45 are to come
+    assert "<01:30, " in bar(20, 300, 6)
+    assert "<00:00, " in bar(110, 400, 50)
+    logger.close()
+
+
+@pytest.mark.parametrize(
+    ("returns", "said"),
+    [
+        ([499.0, 500.0], "return 499.5 +- 0.5 in 2 episodes, "),
+        ([0.955, 0.945], "return 0.950 +- 0.005 in 2 episodes, "),
+        ([-130.04, -150.0], "return -140.0 +- 10.0 in 2 episodes, "),
+    ],
+)
+def test_small_returns_are_printed_with_more_digits(returns, said, tmp_path, capsys):
+    runtime.print_evaluation(tmp_path / "run", np.array(returns), cut=0)
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_a_run_and_its_evaluation_end_with_return_episodes_and_folder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = play("dreamerv2.py", CARTPOLE)
+    ended = capsys.readouterr().out.splitlines()[-1]
+    last = [r["eval/episodic_return"] for r in metrics(folder) if "eval/episodic_return" in r][-1]
+    digits = 1 if last >= 10 else 3
+    assert ended.startswith(f"return {last:.{digits}f} +- ")
+    assert ended.endswith(f" in 2 episodes, {folder}")
+    assert run("dreamerv2.py", f"--evaluate {folder}") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" in 2 episodes, {folder}")
