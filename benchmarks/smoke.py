@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--env-id CartPole-v1 --total-frames 4000 --prefill 500 --train-every 4 --threads 1"
-FLAGS += " --batch-size 16 --batch-length 16 --deter 64 --hidden 64 --units 64"
+FLAGS = "--env-id CartPole-v1 --total-frames 6000 --prefill 500 --train-every 4 --threads 1"
+FLAGS += " --batch-size 16 --batch-length 10 --deter 64 --hidden 64 --units 64 --layers 1"
 FLAGS += " --eval-every 500 --eval-episodes 10 --video-every 0 --log-every 1000"
 THRESHOLD = 100  # return of the best evaluation; random play has about 22, the most is 500
 
