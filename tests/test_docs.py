@@ -558,7 +558,7 @@ def split(words):
 ELSEWHERE = {
     "torchrun --nproc-per-node 8": "eight GPUs",
     "srun torchrun": "Slurm",
-    "benchmarks.worlds:Crafter-v0": "pip install crafter",
+    "benchmarks.recipes:Crafter-v0": "pip install crafter",
     "benchmarks/kill_often.py": "minutes; tests/test_faults.py does the same",
     "benchmarks/soak.py": "half an hour",
     "--reward-shift": "a changed copy, which the test of the diff runs with these flags",
