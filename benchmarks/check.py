@@ -84,7 +84,7 @@ def compare(old, new, alpha=0.01, margin=pinned_margin):
     sides = [("old", old)] if margin is pinned_margin else [("old", old), ("new", new)]
     for name, curves in sides:
         if len(curves) < 2:
-            raise ValueError(f"the {name} side has {len(curves)} seeds, a spread takes two")
+            raise ValueError(f"a spread takes two seeds, the {name} side has {len(curves)}")
     frames = min(map(records.last_frame, [*old, *new]))
     untrained = [records.untrained(rows) for rows in [*old, *new]]
     untrained = [value for value in untrained if not np.isnan(value)]
@@ -132,14 +132,14 @@ def smallest_loss(spreads, seeds, least, alpha, margin):
     return float(np.quantile(needed, 0.95))
 
 
-def verdict(result):
-    """What is made of a difference, for people."""
+def verdict(result, otherwise):
+    """What is made of a difference, for people; `otherwise`: if there is nothing to say."""
     if result["short"]:
         lacking = shown(-result["difference"] - result["margin"], result["old"])
         return f"FALLS SHORT by {lacking}"
     if result["blind"]:
         return f"cannot tell, random play with {shown(result['random_play'])} would pass"
-    return "ok"
+    return otherwise
 
 
 # Two variants
@@ -166,10 +166,11 @@ def check_against(new_paths, old_paths, alpha):
         low, high, difference, finds = (
             shown(value, r["old"]) for value in (*edges, r["difference"], r["finds"])
         )
+        said = "better" if r["better"] else verdict(r, "no difference found")
         print(
             f"{r['statistic']:5} {shown(r['new'])} against {shown(r['old'])}:"
             f" difference {difference}, {100 * (1 - alpha):g} % interval {low} to {high},"
-            f" finds a loss of {finds}: {'better' if r['better'] else verdict(r)}"
+            f" finds a loss of {finds}: {said}"
         )
     kind = kinds(old_rows, new_rows, frames)["held"]
     lowest = [shown(values("worst", kind, rows, frames).mean()) for rows in (new_rows, old_rows)]
@@ -223,7 +224,7 @@ def show(name, results):
         print(
             f"{name:44} {r['statistic']} to {r['frames']:,} frames: {shown(r['new']):>8}, pinned"
             f" {shown(r['old'])} +- {shown(r['spread'])}, limit {shown(r['limit'])},"
-            f" finds a loss of {shown(r['finds'], r['old'])}: {verdict(r)}"
+            f" finds a loss of {shown(r['finds'], r['old'])}: {verdict(r, 'ok')}"
         )
 
 

@@ -10,9 +10,9 @@ Runs are run folders, CSV files of benchmarks/run.py, or folders with either. Ea
 an axis, and each label on it a color. The label is the name of the folder without the seed at its
 end, or the name of the CSV file.
 
-Thin lines are seeds, the bold one is their mean, both of evaluations. The authors' published
-seeds are a gray band from the lowest to the highest, with their median. Dotted: random play and
-people, where known.
+Thin lines are the evaluations of seeds, the bold one is their mean, as far as all of them have
+come. The authors' published seeds are a gray band from the lowest to the highest, with their
+median. Dotted: random play and people, where known.
 """
 
 import argparse

@@ -65,7 +65,9 @@ def read_run(run):
     """Args and rows of a run folder; the rows have the keys of a curve but for the commit."""
     args = yaml.safe_load((Path(run) / "args.yaml").read_text())
     rows = []
-    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+    text = (Path(run) / "metrics.jsonl").read_text()
+    whole = text[: text.rfind("\n") + 1]  # a run that goes on may be writing its last line
+    for line in whole.splitlines():
         logged = json.loads(line)
         for kind, tag in (("train", "charts"), ("eval", "eval")):
             if (ret := logged.get(f"{tag}/episodic_return")) is not None:
@@ -124,7 +126,8 @@ def find_curves(paths):
                 seed = args["seed"]
                 curves.append(Curve(run, label_of_run(run, seed), seed, rows, args))
         except (KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read: {type(error).__name__} {error}") from None
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{path} cannot be read, {text}") from None
     for curve in curves:
         if not curve.rows:
             raise ValueError(f"{curve.source} has no finished episode yet")

@@ -216,7 +216,7 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_checked(tmp_path, caps
         write_curve(tmp_path / "new" / f"{name}.csv", {1: 490.0})
     assert check.main([str(tmp_path / "new"), "--pinned", str(tmp_path / "pinned")]) == 2
     out, err = capsys.readouterr()
-    assert "a.csv cannot be checked: the old side has 1 seeds" in err
+    assert "a.csv cannot be checked: a spread takes two seeds, the old side has 1" in err
     assert "b.csv cannot be checked: there is no pinned curve" in err
     assert [line[:2] for line in out.splitlines()] == ["c ", "c "]
     assert check.main(["--pinned", str(tmp_path / "new" / "nowhere")]) == 1
@@ -246,7 +246,7 @@ def test_the_known_faults_of_one_seed_are_found(name, frames, value, found):
     ("values", "code", "words"),
     [
         ([100.0, 110.0, 90.0], 1, "FALLS SHORT by "),
-        ([488.0, 500.0, 495.0], 0, ": ok"),
+        ([488.0, 500.0, 495.0], 0, ": no difference found"),
         ([988.0, 999.0, 990.0], 0, ": better"),
     ],
 )
@@ -279,8 +279,8 @@ def test_sides_may_be_curves_and_folders_with_runs(tmp_path, capsys):
     [
         ({"env_id": "Acrobot-v1"}, 2, "differ in env_id: CartPole-v1, Acrobot-v1"),
         ({"eval_episodes": 5}, 2, "differ in eval_episodes: 20, 5"),
-        ({}, 1, "the new side has 1 seeds, a spread takes two"),
-        ({}, 0, "the new side has 0 seeds"),
+        ({}, 1, "a spread takes two seeds, the new side has 1"),
+        ({}, 0, "a spread takes two seeds, the new side has 0"),
     ],
 )
 def test_variants_that_cannot_be_compared_are_refused_in_one_line(
