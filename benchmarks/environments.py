@@ -40,12 +40,12 @@ WORLDS = {  # name: id, flags, packages of its own
     "Classic control": ("CartPole-v1", "", ""),
     "MuJoCo, Humanoid": ("Humanoid-v5", "", "mujoco"),
     "MuJoCo, HalfCheetah": ("HalfCheetah-v5", "", "mujoco"),
-    "Crafter": ("benchmarks.worlds:Crafter-v0", "", "crafter"),
-    "MiniGrid": ("benchmarks.worlds:minigrid-Empty-5x5-v0", "", "minigrid"),
-    "MinAtar": ("benchmarks.worlds:minatar-breakout-v1", "", "minatar"),
-    "Memory Maze": ("benchmarks.worlds:MemoryMaze-9x9-v0", "", "memory-maze"),
-    "Procgen": ("benchmarks.worlds:procgen-coinrun-v0", "", "procgen-mirror"),
-    "Brax": ("benchmarks.worlds:brax-inverted_pendulum-v0", "", "brax"),
+    "Crafter": ("benchmarks.recipes:Crafter-v0", "", "crafter"),
+    "MiniGrid": ("benchmarks.recipes:minigrid-Empty-5x5-v0", "", "minigrid"),
+    "MinAtar": ("benchmarks.recipes:minatar-breakout-v1", "", "minatar"),
+    "Memory Maze": ("benchmarks.recipes:MemoryMaze-9x9-v0", "", "memory-maze"),
+    "Procgen": ("benchmarks.recipes:procgen-coinrun-v0", "", "procgen-mirror"),
+    "Brax": ("benchmarks.recipes:brax-inverted_pendulum-v0", "", "brax"),
 }
 
 

@@ -1,13 +1,18 @@
-"""Draws the pinned curves and writes the tables of results, from committed files alone.
+"""Draws curves: the pinned ones, with the tables of results, or any runs side by side.
 
     python benchmarks/plot.py             benchmarks/plots/*.png, benchmarks/README.md and the
                                           results table of docs/results.md
     python benchmarks/plot.py --tables    the tables alone
-    python benchmarks/plot.py --curves runs/benchmarks/curves --out plots     unpinned curves
+    python benchmarks/plot.py --curves runs/benchmarks/curves --out plots     tasks, unpinned
+    python benchmarks/plot.py runs/mine-* runs/base-* --out mine.png          any runs
 
-Thin lines are seeds, the bold one is their mean, both of evaluations. The authors' published
-seeds are a gray band from the lowest to the highest, with their median. Dotted: random play and
-people, where known.
+Runs are run folders, CSV files of benchmarks/run.py, or folders with either. Each environment has
+an axis, and each label on it a color. The label is the name of the folder without the seed at its
+end, or the name of the CSV file.
+
+Thin lines are the evaluations of seeds, the bold one is their mean, as far as all of them have
+come. The authors' published seeds are a gray band from the lowest to the highest, with their
+median. Dotted: random play and people, where known.
 """
 
 import argparse
@@ -18,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
 import records
@@ -42,12 +48,29 @@ python benchmarks/check.py runs/benchmarks/curves    # exit code 1 if worse than
 python benchmarks/plot.py                            # this file and the plots
 ```
 
-`check.py` says in its first lines by which statistics it judges, and how often it accuses the
-innocent.
+A seed's `held` is the mean of its evaluations in the last third of the frames, `worst` the lowest
+of them. `check.py` judges by `held` and by the area under the curve; its first lines say how, how
+often it accuses the innocent, and how small a loss it finds.
+
+| file | what it is for |
+|---|---|
+| `run.py` | runs grids of scripts, environments and seeds, and records their curves |
+| `check.py` | compares curves, two variants or new ones with the pinned |
+| `plot.py` | draws curves and writes the tables |
+| `records.py` | how runs become curves and cards, and the statistics of a curve |
+| `tasks.yaml` | the tasks whose curves are pinned |
+| `speed.py` | times updates and their parts, beside sheeprl if asked |
+| `speed_sheeprl.py` | the part of it that runs in an environment with sheeprl |
+| `inspect_run.py` | writes a page that says how far a run's imagination can be trusted |
+| `instruments.py` | what is measured for that page |
+| `kill_often.py` | kills a run again and again and checks what must survive |
+| `soak.py` | runs for long and reports whether memory or open files grow |
+| `recipes.py` | other people's worlds as environments: Crafter, MiniGrid, ... |
+| `environments.py` | tries every world that the docs name |
 
 ![All curves](plots/overview.png)
 """
-STATISTICS = (records.tail, records.area)
+STATISTICS = (records.held, records.area)
 FINDING = """\
 Improvement survives a halved horizon on both tasks, where all seeds end as well as with the
 preset's H or better; on CartPole the way there is longer. Twice the horizon ends as well, and on
@@ -88,12 +111,15 @@ def table(tasks, folder):
 
     The authors' median (and range) over seeds lies on a line between their nearest two frames.
     """
-    head = "task | env frames | return at the end, each seed | mean | authors | best known"
-    head = f"| {head} | hours a seed | commit |"
+    head = "task | env frames | held, each seed | worst, each seed | at the end, each seed"
+    head = f"| {head} | authors | best known | hours a seed | commit |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for task in tasks:
         runs = task["card"]["runs"]
         returns = [run["final_eval_return"] for run in runs]
+        seeds = [(rows, records.last_frame(rows)) for rows in task["curves"].values()]
+        held = [records.held(rows, last) for rows, last in seeds]
+        worst = [records.worst(rows, last) for rows, last in seeds]
         frames = min(run["env_frames"] for run in runs)
         text, rows = "-", authors(task)
         if rows and rows[0]["env_frames"] <= frames <= 1.05 * rows[-1]["env_frames"]:
@@ -103,9 +129,10 @@ def table(tasks, folder):
         hours = sorted(run["wall_hours"] for run in runs)
         hours = dict.fromkeys(f"{h:.2f}" for h in (hours[0], hours[-1]))
         link = f"[`{task['name']}`]({folder}curves/{task['name']}.yaml)"
-        cells = [link, f"{frames:,}", ", ".join(map(records.shown, returns))]
-        cells += [records.shown(statistics.mean(returns)), text, str(task.get("best", "-"))]
-        cells += [" to ".join(hours), spelled(run["commit"] for run in runs)]
+        cells = [link, f"{frames:,}"]
+        cells += [", ".join(map(records.shown, values)) for values in (held, worst, returns)]
+        cells += [text, str(task.get("best", "-")), " to ".join(hours)]
+        cells += [spelled(run["commit"] for run in runs)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -132,7 +159,7 @@ def by_horizon(tasks):
 
 def horizons(tasks):
     """What each horizon gives: a table of means over the seeds."""
-    lines = ["| task | H | seeds | tail of the evaluations | area under the training curve |"]
+    lines = ["| task | H | seeds | held, mean | area under the training curve, mean |"]
     lines.append("|---|---|---|---|---|")
     for base, chosen in by_horizon(tasks).items():
         for task in chosen:
@@ -178,14 +205,19 @@ def evaluations(rows):
     return [[row[k] for row in evals] for k in ("env_frames", "episode_return")]
 
 
-def draw(axis, task, color, label=None, band=True):
-    """Draws the seeds and the mean of a task, and the authors' band."""
-    seeds = [evaluations(rows) for rows in task["curves"].values()]
+def draw_seeds(axis, seeds, color, label):
+    """Draws frames and returns of each seed as a thin line, and their mean as a bold one."""
     for frames, returns in seeds:
         axis.plot(frames, returns, color=color, alpha=0.35, linewidth=0.8)
     grid = np.linspace(max(x[0] for x, _ in seeds), min(x[-1] for x, _ in seeds), 200)
     mean = np.mean([np.interp(grid, *seed) for seed in seeds], 0)
-    axis.plot(grid, mean, color=color, linewidth=2, label=label or task["script"])
+    axis.plot(grid, mean, color=color, linewidth=2, label=label)
+
+
+def draw(axis, task, color, label=None, band=True):
+    """Draws a task's seeds and mean, and the authors' band."""
+    seeds = [evaluations(rows) for rows in task["curves"].values()]
+    draw_seeds(axis, seeds, color, label or task["script"])
     last = max(x[-1] for x, _ in seeds)
     rows = [row for row in authors(task) if row["env_frames"] <= 1.3 * last]
     if rows and band:
@@ -196,6 +228,7 @@ def draw(axis, task, color, label=None, band=True):
 
 
 def finish(axis, task):
+    """Draws what is known of the environment, and names the axes."""
     for key in ("random", "human"):
         if key in task:
             axis.axhline(task[key], color="black", linestyle=":", linewidth=0.8)
@@ -208,65 +241,102 @@ def finish(axis, task):
     axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
 
 
+def panels(count):
+    """A figure with so many axes, up to three in a row -> figure, axes."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, axes.flat[:count]
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def draw_runs(paths):
+    """A figure of run folders and CSV files, an axis for each environment.
+
+    Raises ValueError, a line for people, if they cannot be drawn.
+    """
+    groups = {}  # (env_id, label): curves
+    for curve in records.find_curves(paths):
+        if not any(row["kind"] == "eval" for row in curve.rows):
+            raise ValueError(f"{curve.source} has no evaluation yet")
+        groups.setdefault((curve.rows[0]["env_id"], curve.label), []).append(curve)
+    labels = list(dict.fromkeys(label for _, label in groups))
+    env_ids = list(dict.fromkeys(env_id for env_id, _ in groups))
+    figure, axes = panels(len(env_ids))
+    for (env_id, label), curves in groups.items():
+        records.refuse_repeated_seeds(curves)
+        seeds = [evaluations(curve.rows) for curve in curves]
+        # matplotlib has ten colors, C0 to C9, and begins again.
+        draw_seeds(axes[env_ids.index(env_id)], seeds, f"C{labels.index(label)}", label)
+    for axis, env_id in zip(axes, env_ids, strict=True):
+        finish(axis, {"env_id": env_id})
+    return figure
+
+
 def write_plots(tasks, out):
     """A PNG for each task, one of all and one of the horizons."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def save(figure, name):
-        figure.tight_layout()
-        figure.savefig(out / f"{name}.png", dpi=120, metadata={"Software": None})
-        pyplot.close(figure)
-
-    out.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        figure, axis = pyplot.subplots(figsize=(5, 3.4))
+        figure = Figure(figsize=(5, 3.4))
+        axis = figure.subplots()
         draw(axis, task, COLORS[task["script"]])
         finish(axis, task)
-        save(figure, task["name"])
+        save(figure, out / f"{task['name']}.png")
 
     worlds = {}
     for task in tasks:
         if task["group"] in ("cpu", "gpu"):
             pixels = task["card"]["args"]["observation"], task["card"]["args"]["pixels"]
             worlds.setdefault((task["env_id"], pixels), []).append(task)
-    columns = min(3, len(worlds))
-    figure, axes = pyplot.subplots(-(-len(worlds) // columns), columns, squeeze=False)
-    figure.set_size_inches(4.2 * columns, 3.1 * len(axes))
-    for axis in axes.flat[len(worlds) :]:
-        axis.axis("off")
-    for axis, chosen in zip(axes.flat, worlds.values(), strict=False):
+    figure, axes = panels(len(worlds))
+    for axis, chosen in zip(axes, worlds.values(), strict=True):
         for task in chosen:
             draw(axis, task, COLORS[task["script"]])
         finish(axis, chosen[0])
-    save(figure, "overview")
+    save(figure, out / "overview.png")
 
     if worlds := by_horizon(tasks):
-        figure, axes = pyplot.subplots(1, len(worlds), squeeze=False)
-        figure.set_size_inches(4.6 * len(worlds), 3.3)
+        figure = Figure(figsize=(4.6 * len(worlds), 3.3))
+        axes = figure.subplots(1, len(worlds), squeeze=False)
         for axis, chosen in zip(axes.flat, worlds.values(), strict=True):
             for task, color in zip(chosen, ("tab:green", "tab:orange", "tab:red"), strict=False):
                 draw(axis, task, color, f"H = {task['card']['args']['imag_horizon']}", band=False)
             finish(axis, chosen[0])
-        save(figure, "horizon")
+        save(figure, out / "horizon.png")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", help="run folders, CSV files; none: what is pinned")
     parser.add_argument("--tables", action="store_true", help="write no plots")
     parser.add_argument("--curves", type=Path, default=records.CURVES)
-    parser.add_argument("--out", type=Path, default=records.ROOT / "benchmarks" / "plots")
+    parser.add_argument("--out", type=Path, help="of runs: a PNG; else: a folder of them")
     args = parser.parse_args(argv)
+    if args.runs:
+        if args.out is None or args.out.suffix != ".png":
+            parser.error("runs need --out FILE.png")
+        try:
+            save(draw_runs(args.runs), args.out)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
     tasks = list(pinned(args.curves))
     if not tasks:
         sys.exit(f"error: there is no curve of a task in {args.curves}")
     if args.curves == records.CURVES:
         write_tables(tasks)
     if not args.tables:
-        write_plots(tasks, args.out)
+        write_plots(tasks, args.out or records.ROOT / "benchmarks" / "plots")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,34 +3,39 @@
 A curve has a row per training episode and per evaluation. A card has the command, every
 hyperparameter, and for each seed its commit, device, versions and hours. Both of a task lie in
 one folder under the name of the task; a seed that is recorded again replaces its earlier rows.
+
+A curve is judged by `held`, the mean of the evaluations in the last third of its frames, and by
+`area`, the area under its training episodes. `worst`, the lowest of those evaluations, is shown.
 """
 
 import csv
 import fcntl
+import functools
 import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves"
 COLUMNS = [
     "script", "commit", "env_id", "seed", "env_frames", "updates", "episode_return", "kind",
     "wall_hours",
 ]  # fmt: skip
 PACKAGES = ["torch", "numpy", "gymnasium", "dm_control", "mujoco", "ale-py"]
-SCRIPTS = ["dreamerv1.py", "dreamerv2.py", "common.py", "runtime.py"]
 THREADS = threading.Lock()  # for a lock on a file holds between processes alone
 
 
@@ -56,16 +61,139 @@ def read_curve(path):
     return dict(sorted(curves.items()))
 
 
-def commit():
-    """The commit of the scripts, with a plus if they have been changed since."""
+def read_run(run):
+    """Args and rows of a run folder; the rows have the keys of a curve but for the commit."""
+    args = yaml.safe_load((Path(run) / "args.yaml").read_text())
+    rows = []
+    text = (Path(run) / "metrics.jsonl").read_text()
+    whole = text[: text.rfind("\n") + 1]  # a run that goes on may be writing its last line
+    for line in whole.splitlines():
+        logged = json.loads(line)
+        for kind, tag in (("train", "charts"), ("eval", "eval")):
+            if (ret := logged.get(f"{tag}/episodic_return")) is not None:
+                rows.append({
+                    "env_id": args["env_id"], "seed": args["seed"],
+                    "env_frames": logged["frames"], "updates": logged["updates"],
+                    "episode_return": round(ret, 3), "kind": kind,
+                    "wall_hours": round(logged["seconds"] / 3600, 4),
+                })  # fmt: skip
+    return args, rows
+
+
+@dataclass
+class Curve:
+    """One seed, of a run folder or of a CSV file."""
+
+    source: Path  # the folder or the file
+    label: str  # what its seeds have in common, for people
+    seed: int
+    rows: list
+    args: dict | None  # None for a CSV file without a card
+
+
+def label_of_run(run, seed):
+    """The name of a run folder without its seed.
+
+    runs/mine-1 and runs/mine_1 are mine, runs/CartPole-v1__mine__1__1795859953000 is
+    CartPole-v1__mine, and runs/benchmarks/mine-CartPole-v1/seed-1/run is mine-CartPole-v1.
+    """
+    run = Path(run).absolute()
+    if run.name == "run" and run.parent.name == f"seed-{seed}":
+        return run.parent.parent.name
+    return re.sub(rf"[-_]+{seed}(__\d+)?$", "", run.name)
+
+
+def find_curves(paths):
+    """The seeds in run folders, CSV files and folders with either -> list of Curve.
+
+    Raises ValueError, a line for people, if there is nothing in one of the paths.
+    """
+    curves = []
+    for path in map(Path, paths):
+        if path.is_file():
+            files, runs = [path], []
+        elif (path / "args.yaml").exists():
+            files, runs = [], [path]
+        else:
+            files, runs = sorted(path.glob("*.csv")), sorted(path.glob("seed-*/run"))
+        if not files and not runs:
+            raise ValueError(f"{path} is no run folder, no CSV file and no folder with any")
+        try:
+            for file in files:
+                curves += curves_of_file(file)
+            for run in runs:
+                args, rows = read_run(run)
+                seed = args["seed"]
+                curves.append(Curve(run, label_of_run(run, seed), seed, rows, args))
+        except (KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{path} cannot be read, {text}") from None
+    for curve in curves:
+        if not curve.rows:
+            raise ValueError(f"{curve.source} has no finished episode yet")
+    return curves
+
+
+def refuse_repeated_seeds(curves):
+    """Raises ValueError, a line for people, if a seed is there twice."""
+    known = {}
+    for curve in curves:
+        if curve.seed in known:
+            sources = f"{known[curve.seed].source}, {curve.source}"
+            raise ValueError(f"seed {curve.seed} of {curve.label} is there twice: {sources}")
+        known[curve.seed] = curve
+
+
+def curves_of_file(path):
+    """The seeds of a CSV file, with the hyperparameters of its card if it has one."""
+    card = path.with_suffix(".yaml")
+    args = yaml.safe_load(card.read_text())["args"] if card.exists() else None
+    return [Curve(path, path.stem, seed, rows, args) for seed, rows in read_curve(path).items()]
+
+
+def find_script(name):
+    """Path of a script, from where the command was typed or else in this repository."""
+    name = name if name.endswith(".py") else f"{name}.py"
+    for path in (Path(name).resolve(), ROOT / name):
+        if path.is_file():
+            return path
+    raise ValueError(f"there is no script {name}, neither here nor in {ROOT}")
+
+
+@functools.cache
+def load_script(path):
+    """Imports a script from its path; ValueError, a line for people, if it is not of our kind."""
+    sys.path.insert(0, str(path.parent))  # where it finds common and runtime
+    spec = spec_from_file_location(str(path), path)
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} cannot be imported, {text}") from None
+    if not hasattr(module, "Args") or not hasattr(module, "PRESETS"):
+        raise ValueError(f"{path} has no Args and PRESETS, as a copy of dreamerv2.py does")
+    return module
+
+
+def commit(script):
+    """The commit of a script's repository.
+
+    A plus says that the script, or common.py or runtime.py beside it, is not as committed there.
+    """
 
     def git(*words):
+        command = ["git", "-C", str(script.parent), *words]
         try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+            return subprocess.run(command, capture_output=True, text=True).stdout
         except FileNotFoundError:
             return ""
 
-    changed = git("status", "--porcelain", "--", *SCRIPTS)
+    # What is untracked counts as changed, also if git is told to ignore it.
+    changed = git(
+        "status", "--porcelain", "--ignored", "--", script.name, "common.py", "runtime.py"
+    )
     head = git("rev-parse", "--short", "HEAD").strip() or "unknown"
     return head + "+" * bool(changed.strip())
 
@@ -90,12 +218,11 @@ def launcher(processes):
 
 def command(script, args, processes=1):
     """The command line of a run: its id and what differs from the preset, without the seed."""
-    sys.path.insert(0, str(ROOT))
-    module = import_module(script)
+    module = load_script(script)
     chosen = import_module("common").choose_preset(SimpleNamespace(**args))
     default = asdict(module.Args()) | module.PRESETS[chosen]
     default |= {k: args[k] for k in ("env_id", "seed")}
-    words = ["python", *launcher(processes), f"{script}.py --env-id {args['env_id']}"]
+    words = ["python", *launcher(processes), f"{script.name} --env-id {args['env_id']}"]
     for key, value in args.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool) and value != default[key]:
@@ -116,18 +243,11 @@ def record(run, name, script, folder, commits):
 
 def add(run, name, script, folder, commits):
     path = folder / f"{name}.csv"
-    args = yaml.safe_load((Path(run) / "args.yaml").read_text())
+    args, rows = read_run(run)
     log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     seed = args["seed"]
-    rows = []
-    for row in log:
-        for kind, tag in (("train", "charts"), ("eval", "eval")):
-            if (ret := row.get(f"{tag}/episodic_return")) is not None:
-                point = (row["frames"], row["updates"], round(ret, 3), kind)
-                point = (script, commits[-1], args["env_id"], seed, *point)
-                rows.append((*point, round(row["seconds"] / 3600, 4)))
     curves = read_curve(path) if path.exists() else {}
-    curves[seed] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    curves[seed] = [row | {"script": script.stem, "commit": commits[-1]} for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -179,8 +299,9 @@ def rounded(ret):
     return round(ret, digits(ret))
 
 
-def shown(ret):
-    return f"{ret:.{digits(ret)}f}"
+def shown(ret, like=None):
+    """A return as text, with the decimal places of another one if that is given."""
+    return f"{ret:.{digits(ret if like is None else like)}f}"
 
 
 def last_frame(rows):
@@ -192,11 +313,25 @@ def evaluated(rows, frames):
     return any(row["kind"] == "eval" and row["env_frames"] <= 1.02 * frames for row in rows)
 
 
-def tail(rows, frames, kind="eval"):
-    """Mean return in the last tenth of `frames`, or of the last row before if it has none."""
+def late(rows, frames, kind="eval"):
+    """The rows in the last third of `frames`, or the last one before if there is none.
+
+    A row may come up to 2 % after `frames`, as an evaluation that waits for its episode does.
+    """
     rows = [row for row in rows if row["kind"] == kind and row["env_frames"] <= 1.02 * frames]
-    late = [row for row in rows if row["env_frames"] >= 0.9 * frames] or rows[-1:]
-    return float(np.mean([row["episode_return"] for row in late]))
+    if not rows:
+        raise ValueError(f"a seed has no row of {kind} in the first {frames:,} frames")
+    return [row for row in rows if row["env_frames"] > 2 / 3 * frames] or rows[-1:]
+
+
+def held(rows, frames, kind="eval"):
+    """Mean return in the last third of `frames`."""
+    return float(np.mean([row["episode_return"] for row in late(rows, frames, kind)]))
+
+
+def worst(rows, frames, kind="eval"):
+    """Lowest return in the last third of `frames`."""
+    return float(min(row["episode_return"] for row in late(rows, frames, kind)))
 
 
 def area(rows, frames, kind="train"):
@@ -205,6 +340,8 @@ def area(rows, frames, kind="train"):
     An episode counts as many frames as went by since the one before it ended.
     """
     rows = [r for r in rows if r["kind"] == kind and r["env_frames"] <= frames]
+    if not rows:
+        raise ValueError(f"a seed has no row of {kind} in the first {frames:,} frames")
     weights = np.diff([0, *(row["env_frames"] for row in rows)])
     return float(np.average([row["episode_return"] for row in rows], weights=weights))
 

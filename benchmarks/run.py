@@ -2,13 +2,17 @@
 
     python benchmarks/run.py cpu --seeds 1 2 3 --jobs 2         # a group of benchmarks/tasks.yaml
     python benchmarks/run.py dreamerv2-CartPole-v1 --seeds 4    # one task
-    python benchmarks/run.py --scripts dreamerv1 dreamerv2 --env-ids Acrobot-v1 -- --threads 2
+    python benchmarks/run.py --scripts mine.py dreamerv2.py --env-ids CartPole-v1 -- --threads 2
     python benchmarks/run.py cpu --cluster slurm --cluster-options slurm_partition=a timeout_min=60
 
 What follows -- goes to every run. The same command again goes on where it stopped: finished runs
 are skipped, the others go on from their last checkpoint. An interrupt lets every run save itself.
 Each has OUT/TASK/seed-N with its log and its run folder, OUT/TASK/seed-N/run.
 Curves go to OUT/curves, or with --pin to benchmarks/curves. Exit code 1 if a run failed.
+
+--scripts takes any script that has Args and PRESETS, as a changed copy of ours does: a path from
+where the command is typed, or else the name of a file in this repository. A copy of it as it ran
+stays in OUT/TASK/seed-N. Once it is changed, its runs need another OUT.
 """
 
 import argparse
@@ -26,16 +30,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import records
 
+OWN = [records.ROOT / "dreamerv1.py", records.ROOT / "dreamerv2.py"]
+
 
 class Job:
     """A task with a seed, in a folder of its own; called, it runs and returns the exit code."""
 
-    def __init__(self, name, flags, seed, args, processes=1):
+    def __init__(self, name, script, flags, seed, args, processes=1):
         self.name = name
+        self.script = script
         self.seed = seed
         self.curves = args.curves
         self.processes = processes
-        self.script, *flags = flags
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
         self.run = self.folder / "run"
@@ -50,24 +56,33 @@ class Job:
 
     def command(self):
         """Begins the run or goes on with it, whichever it takes."""
-        script = str(records.ROOT / self.script)
-        launcher = records.launcher(self.processes)
-        return [sys.executable, *launcher, script, "--resume", self.run.name, *self.flags]
+        begin = [sys.executable, *records.launcher(self.processes), str(self.script)]
+        return [*begin, "--resume", self.run.name, *self.flags]
+
+    def what(self):
+        """The script and its flags, as a line."""
+        script = self.script.name if self.script in OWN else str(self.script)
+        return shlex.join([script, *self.flags])
 
     def finished(self):
         return (self.folder / "finished").exists()
 
     def check(self):
-        """Ends with one line if the folder holds a run with other flags than these."""
+        """Ends with one line if the folder holds a run of another script or with other flags."""
         path = self.folder / "flags"
-        if path.exists() and path.read_text() != shlex.join([self.script, *self.flags]):
+        if path.exists() and path.read_text() != self.what():
             sys.exit(f"error: {self.folder} ran {path.read_text()}, choose another --out")
+        copy = self.folder / self.script.name
+        changed = copy.exists() and copy.read_bytes() != self.script.read_bytes()
+        if changed and self.script not in OWN:
+            sys.exit(
+                f"error: {self.folder} ran another {copy.name}, remove it or choose another --out"
+            )
 
     def record(self):
         """Adds the run to the curve of its task, in place of an earlier one of its seed."""
         commits = (self.folder / "commits").read_text().split()
-        script = self.script.removesuffix(".py")
-        records.record(self.run, self.name, script, self.curves, commits)
+        records.record(self.run, self.name, self.script, self.curves, commits)
 
     def recorded(self):
         path = self.curves / f"{self.name}.csv"
@@ -82,9 +97,10 @@ class Job:
     def __call__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.discard_unsaved()
-        (self.folder / "flags").write_text(shlex.join([self.script, *self.flags]))
+        (self.folder / "flags").write_text(self.what())
+        shutil.copy(self.script, self.folder)
         with open(self.folder / "commits", "a") as file:
-            file.write(records.commit() + "\n")
+            file.write(records.commit(self.script) + "\n")
         with open(self.folder / "log.txt", "a") as log:
             print("$", shlex.join(self.command()), file=log, flush=True)
             environ = os.environ | self.environ
@@ -122,26 +138,47 @@ def plan(args):
     """The jobs that the command line asks for."""
     known = records.tasks()
     groups = sorted({task["group"] for task in known.values()})
-    chosen = {}
+    chosen = {}  # name: script and flags
     for name in args.tasks:
-        found = {k: t for k, t in known.items() if name in (k, t["group"])}
+        found = [task for k, task in known.items() if name in (k, task["group"])]
         if not found:
             sys.exit(f"error: no task {name}, there are {', '.join([*groups, *known])}")
-        chosen |= {k: shlex.split(t["command"]) for k, t in found.items()}
-    for script, env_id in itertools.product(args.scripts, args.env_ids):
-        name = f"{script}-{env_id.replace('/', '-').replace(':', '-')}"
-        chosen[name] = [f"{script}.py", "--env-id", env_id]
-        if name in known and chosen[name] != shlex.split(known[name]["command"]):
+        chosen |= {task["name"]: of_task(task) for task in found}
+    for script, env_id in itertools.product(find_scripts(args.scripts), args.env_ids):
+        name = f"{script.stem}-{env_id.replace('/', '-').replace(':', '-')}"
+        chosen[name] = (script, ["--env-id", env_id])
+        if script in OWN and name in known and chosen[name] != of_task(known[name]):
             sys.exit(f"error: {name} is a task with flags of its own, name it to run it")
     if not chosen:
         sys.exit(f"error: name a task, a group ({', '.join(groups)}) or --scripts and --env-ids")
     # Seeds outside, so that every task has a first curve before any has a second.
     several = {name: task.get("processes", 1) for name, task in known.items()}
     return [
-        Job(name, flags + args.flags, seed, args, several.get(name, 1))
+        Job(name, script, flags + args.flags, seed, args, several.get(name, 1))
         for seed in args.seeds
-        for name, flags in chosen.items()
+        for name, (script, flags) in chosen.items()
     ]
+
+
+def of_task(task):
+    """The script of a task, which is the repository's own, and its flags."""
+    script, *flags = shlex.split(task["command"])
+    return records.ROOT / script, flags
+
+
+def find_scripts(names):
+    """Paths of scripts that can be run and recorded; ends with one line if one cannot."""
+    scripts = []
+    for name in names:
+        try:
+            scripts.append(records.find_script(name))
+            records.load_script(scripts[-1])
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    stems = [script.stem for script in scripts]
+    if len(set(stems)) < len(stems):
+        sys.exit(f"error: two of {', '.join(map(str, scripts))} have the same name")
+    return scripts
 
 
 def run_here(jobs, count):
@@ -199,7 +236,7 @@ def result(get):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("tasks", nargs="*", help="tasks or groups of benchmarks/tasks.yaml")
-    parser.add_argument("--scripts", nargs="+", default=[], choices=["dreamerv1", "dreamerv2"])
+    parser.add_argument("--scripts", nargs="+", default=[], metavar="FILE.py")
     parser.add_argument("--env-ids", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

@@ -7,14 +7,17 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import check
 import gymnasium as gym
 import pytest
 import torch
@@ -354,7 +357,7 @@ def test_the_readme_repeats_what_the_docs_say():
     assert len(rows) == 5
     for name, frames, returns, best, hours in rows:
         [row] = [row for key, row in whole.items() if key.startswith(f"[{name}](")]
-        assert [frames, returns, best, hours] == [row[1], row[2], row[5], row[6]]
+        assert [frames, returns, best, hours] == [row[1], row[4], row[6], row[7]]
     [change] = blocks("diff", [README])
     assert change in blocks("diff", [ROOT / "docs" / "changing.md"])
     row_table = DOCS["README.md"].split("## How to read")[1].split("```")[1]
@@ -535,7 +538,8 @@ def commands():
                 continue
             for command in " ".join(shlex.split(line.strip(), comments=True)).split(" && "):
                 words = command.split()
-                if scripts_in(words) and words[0] not in ("cp", "diff"):
+                run_by_tool = "benchmarks/run.py" in words  # a test below runs those
+                if scripts_in(words) and words[0] not in ("cp", "diff", "sed") and not run_by_tool:
                     found.append(words)
     return [words for words, _ in itertools.groupby(sorted(found))]
 
@@ -558,7 +562,7 @@ def split(words):
 ELSEWHERE = {
     "torchrun --nproc-per-node 8": "eight GPUs",
     "srun torchrun": "Slurm",
-    "benchmarks.worlds:Crafter-v0": "pip install crafter",
+    "benchmarks.recipes:Crafter-v0": "pip install crafter",
     "benchmarks/kill_often.py": "minutes; tests/test_faults.py does the same",
     "benchmarks/soak.py": "half an hour",
     "--reward-shift": "a changed copy, which the test of the diff runs with these flags",
@@ -624,6 +628,59 @@ def test_a_printed_command_runs_with_flags_of_size_appended(words, runs, my_env)
     else:
         with skip_without_opengl():
             assert train(script, sized(script, flags)) == 0
+
+
+CURVE_TOOLS = ("benchmarks/run.py", "benchmarks/check.py", "benchmarks/plot.py")
+CURVE_BLOCKS = [
+    block for block in blocks("bash") if any(f"python {tool}" in block for tool in CURVE_TOOLS)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", CURVE_BLOCKS, ids=lambda block: block.split(" -")[0].strip())
+def test_runs_are_made_compared_and_drawn_as_printed(block, trained, tmp_path):
+    """With small runs, and with folders of runs that were begun by hand."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    for name, seed in itertools.product(("mine", "base"), (1, 2)):
+        folder = tmp_path / "runs" / f"{name}-{seed}"
+        shutil.copytree(trained / "dreamerv2", folder)
+        text = (folder / "args.yaml").read_text()
+        (folder / "args.yaml").write_text(text.replace("seed: 1\n", f"seed: {seed}\n"))
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    lines = block.replace("\\\n", " ").splitlines()
+    lines = [line.split(" #")[0].strip() for line in lines]
+    flags = shlex.join(SMALL_V2).replace("--imag-horizon 3 ", "")  # in which the variants differ
+    printed = []
+    for line in (line for line in lines if not line.startswith("tensorboard")):
+        if "benchmarks/run.py" in line:
+            line += f" {flags}" if " -- " in line else f" -- {flags}"
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True
+        )
+        may_fall_short = "benchmarks/check.py" in line  # after so few frames
+        assert done.returncode in ((0, 1) if may_fall_short else (0,)), done.stderr
+        assert "Traceback" not in done.stderr
+        if may_fall_short:
+            printed += done.stdout.splitlines()
+        if "--out" in line:
+            assert (tmp_path / line.split()[-1]).exists()
+    if "sed " in block:
+        told = DOCS["results.md"].split("`check.py` prints\n\n```\n")[1].split("```")[0]
+        assert [shape(line) for line in printed] == [shape(line) for line in told.splitlines()]
+
+
+def shape(line):
+    """A line of check.py without what differs in small runs, numbers and the verdict."""
+    return re.sub(r"-?\d[\d,.]*", "0", line.split(", finds")[0])
+
+
+def test_the_loss_that_is_found_is_as_told_for_each_number_of_seeds():
+    [seeds, losses] = cells(between("power"))
+    for count, loss in zip(seeds[1:], losses[1:], strict=True):
+        found = check.smallest_loss((1, 1), (int(count),) * 2, 1e-6, 0.05, check.welch_margin)
+        assert f"{found:.1f}" == loss
 
 
 def without_numbers(text):

@@ -31,7 +31,7 @@ IDS = {  # module: id
 
 
 def make(env_id, seed=3):
-    return make_env(f"benchmarks.worlds:{env_id}", seed)
+    return make_env(f"benchmarks.recipes:{env_id}", seed)
 
 
 def there(module):
@@ -57,7 +57,7 @@ def test_a_world_without_its_package_names_the_line_that_installs_it(module, env
 
 def test_registering_the_worlds_imports_none_of_their_packages():
     names = [*IDS, "jax"]
-    code = f"import sys, benchmarks.worlds; print([m for m in {names} if m in sys.modules])"
+    code = f"import sys, benchmarks.recipes; print([m for m in {names} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
@@ -203,11 +203,11 @@ def test_brax_compiles_once_for_all_of_its_instances(module):
     module("jax", jit=jit, random=random)
     module("brax", envs=None)
     module("brax.envs", get_environment=lambda name, backend: Pendulum())
-    from benchmarks import worlds
+    from benchmarks import recipes
 
-    worlds.brax_functions.cache_clear()
+    recipes.brax_functions.cache_clear()
     one, two = make("brax-ant-v0"), make("brax-ant-v0")
-    worlds.brax_functions.cache_clear()
+    recipes.brax_functions.cache_clear()
     assert len(compiled) == 2  # reset and step
     for env in (one, two):
         before = env.reset()[0]["vector"]

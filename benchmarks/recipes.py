@@ -1,6 +1,6 @@
 """Recipes for worlds that do not come as gymnasium environments of this project's kind.
 
-    python dreamerv2.py --env-id benchmarks.worlds:Crafter-v0
+    python dreamerv2.py --env-id benchmarks.recipes:Crafter-v0
 
 Importing this module registers ids and nothing else: a package is imported when its id is made, and
 one that is missing names its pip line. A world of your own takes the same few lines, in a module of
