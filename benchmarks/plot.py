@@ -63,6 +63,8 @@ often it accuses the innocent, and how small a loss it finds.
 | `speed_sheeprl.py` | the part of it that runs in an environment with sheeprl |
 | `inspect_run.py` | writes a page that says how far a run's imagination can be trusted |
 | `instruments.py` | what is measured for that page |
+| `smoke.py` | trains a script for a minute and fails unless it learned |
+| `without_memory.py` | DreamerV2 that forgets, to compare with where a task needs memory |
 | `kill_often.py` | kills a run again and again and checks what must survive |
 | `soak.py` | runs for long and reports whether memory or open files grow |
 | `recipes.py` | other people's worlds as environments: Crafter, MiniGrid, ... |

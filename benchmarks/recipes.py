@@ -159,6 +159,14 @@ def minatar(game, render_mode=None):
     return gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
 
 
+def blind_cartpole(render_mode=None):
+    """CartPole without velocities, which the agent has to remember positions for."""
+    env = gym.make("CartPole-v1", render_mode=render_mode).unwrapped
+    seen = [0, 2]  # of the cart and of the pole's angle
+    space = Box(env.observation_space.low[seen], env.observation_space.high[seen])
+    return gym.wrappers.TransformObservation(env, lambda obs: obs[seen], space)
+
+
 PROCGEN = [
     "bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball", "fruitbot",
     "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot",
@@ -180,6 +188,7 @@ def register(env_id, make, steps=None, **kwargs):
         gym.register(env_id, make, max_episode_steps=steps, kwargs=kwargs)
 
 
+register("CartPoleBlind-v0", blind_cartpole, steps=500)
 register("Crafter-v0", Crafter)
 register("CrafterNoReward-v0", Crafter, reward=False)
 for size, steps in MAZES.items():
