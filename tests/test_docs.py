@@ -18,7 +18,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from envs import make_envs
+from helpers.envs import make_envs
 from processes import start
 
 import common

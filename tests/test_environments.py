@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import cv2
-import envs as tiny
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from helpers import envs as tiny
 
 import common
 import runtime
@@ -116,8 +116,8 @@ def test_no_stored_action_was_ignored_by_the_environment():
 
 @pytest.mark.slow
 def test_environments_in_processes_of_their_own_give_the_same_rows():
-    sync = tiny.make_envs(2, "envs:Counting-v0", seed=5)
-    parallel = tiny.make_envs(2, "envs:Counting-v0", seed=5, parallel=True)
+    sync = tiny.make_envs(2, "helpers.envs:Counting-v0", seed=5)
+    parallel = tiny.make_envs(2, "helpers.envs:Counting-v0", seed=5, parallel=True)
     assert isinstance(parallel.vector, gym.vector.AsyncVectorEnv)
     rows, dones = play(sync, 41)
     same, same_dones = play(parallel, 41)
@@ -291,13 +291,13 @@ def test_episodes_counts_those_that_began():
 @pytest.mark.parametrize("time_limit", [0, 5])  # with a limit, one more wrapper
 def test_environments_go_on_with_the_episodes_after_those_of_a_state(parallel, time_limit):
     made = {"seed": 3, "parallel": parallel, "time_limit": time_limit}
-    envs = tiny.make_envs(2, "envs:Counting-v0", episodes=[0, 2], **made)
+    envs = tiny.make_envs(2, "helpers.envs:Counting-v0", episodes=[0, 2], **made)
     rows, _ = play(envs, 36)
     assert not envs.all_ended  # the state is taken amid an episode
     state = envs.state_dict()
     assert state["episodes"] == (rows["is_first"].sum(0) + np.array([0, 2])).tolist()
     assert state["episodes"][0] != state["episodes"][1]
-    resumed = tiny.make_envs(2, "envs:Counting-v0", **made)
+    resumed = tiny.make_envs(2, "helpers.envs:Counting-v0", **made)
     resumed.load_state_dict(state)
     again = {"episodes": [4, 0]}
     envs.load_state_dict(again)  # of environments that are amid an episode
@@ -613,7 +613,7 @@ def test_a_misspelt_dm_control_task_names_the_nearest():
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
 import os
-from envs import make_env
+from helpers.envs import make_env
 def make(env_id, **options):
     return make_env(env_id, action_repeat=2, **options)
 make("dmc/ball_in_cup-catch", observation="vector").reset()
@@ -638,14 +638,14 @@ print("gl is", os.environ["MUJOCO_GL"])
 
 
 def test_vectors_of_dm_control_print_no_warning(gl):
-    code = "import envs; envs.make_env('dmc/ball_in_cup-catch', observation='vector')"
+    code = "from helpers import envs; envs.make_env('dmc/ball_in_cup-catch', observation='vector')"
     assert run_python(code) == (0, "")
 
 
 @pytest.mark.slow
 def test_pixels_of_dm_control_in_processes_of_their_own(gl):
     code = """
-from envs import make_envs, reset_rows
+from helpers.envs import make_envs, reset_rows
 envs = make_envs(2, "dmc/ball_in_cup-catch", parallel=True)
 row = reset_rows(envs)
 print("std", *row["image"].std((1, 2, 3)))
@@ -658,7 +658,7 @@ envs.close()
 
 def test_gymnasium_mujoco_is_drawn_without_any_setting(gl):
     code = """
-from envs import make_env
+from helpers.envs import make_env
 env = make_env("InvertedPendulum-v5", observation="pixels")
 print("std", env.reset()[0]["image"].std())
 env.close()
@@ -904,10 +904,10 @@ def test_an_action_is_repeated_until_the_episode_ends():
 
 def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
-    monkeypatch.delitem(sys.modules, "envs")
+    monkeypatch.delitem(sys.modules, "helpers.envs")
     for name in [k for k in gym.registry if k.startswith("Counting")]:
         monkeypatch.delitem(gym.registry, name)
-    env = tiny.make_env("envs:Counting-v0")
+    env = tiny.make_env("helpers.envs:Counting-v0")
     assert env.reset()[0]["vector"].shape == (4,)
 
 

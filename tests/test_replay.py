@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from envs import make_envs, reset_rows
+from helpers.envs import make_envs, reset_rows
 
 import common
 import runtime
