@@ -118,8 +118,6 @@ def check_alignment(rows, dones, codes):
 
 
 # Rows
-
-
 def test_observation_action_and_reward_of_a_row_belong_together(make_envs):
     rows, dones = play(make_envs(3, "Counting-v0", seed=5), 61)
     check_alignment(rows, dones, rows["action"].argmax(-1))
@@ -249,8 +247,6 @@ def test_random_actions_are_uniform_and_follow_from_torchs_seed(make_envs, env_i
 
 
 # Seeds and episodes
-
-
 def seeds(rows, env):
     """The seeds of the episodes in an environment's rows."""
     vector = rows["vector"][rows["is_first"][:, env] == 1, env]
@@ -344,8 +340,6 @@ def test_info_that_differs_from_step_to_step_disturbs_nothing(make_envs, paralle
 
 
 # Time limits
-
-
 @pytest.mark.parametrize(
     ("frames", "repeat", "steps"), [(7, 1, 7), (8, 2, 4), (7, 2, 4), (3, 4, 1)]
 )
@@ -366,8 +360,6 @@ def test_the_limit_of_the_environment_itself_holds_without_a_time_limit(make_env
 
 
 # Atari
-
-
 @pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "ALE/Pong-v5"])
 def test_atari_frames_are_counted_once(env_id):
     env = tiny.make_env(env_id, grayscale=True, action_repeat=4, sticky_prob=0.0)
@@ -474,8 +466,6 @@ def test_a_time_limit_truncates_an_atari_game():
 
 
 # dm_control
-
-
 @pytest.mark.slow
 def test_every_task_of_the_suite_can_be_made_from_vectors(gl):
     tiny.make_env("dmc/walker-walk", observation="vector")  # chooses OpenGL first
@@ -562,8 +552,6 @@ def test_dm_control_actions_fill_their_bounds(monkeypatch):
 
 
 # OpenGL
-
-
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
 import os
@@ -785,8 +773,6 @@ def test_cartpole_is_drawn_for_pixels():
 
 
 # Actions of any other id
-
-
 def test_actions_of_pendulum_are_scaled_to_2():
     env = tiny.make_env("Pendulum-v1")
     env.reset()
@@ -837,8 +823,6 @@ def test_an_action_is_repeated_until_the_episode_ends():
 
 
 # What is refused
-
-
 @pytest.mark.parametrize("space", [
     Discrete(5), MultiDiscrete([2, 3]), Tuple([Box(-1, 1, (2,)), Box(-1, 1, (3,))]), Text(3),
     Dict(a=Box(-1, 1, (2,)), b=Discrete(3)),
@@ -895,8 +879,6 @@ def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
 
 
 # Evaluation
-
-
 def returns_of(index, episodes, seed=11):
     """What the first episodes of an environment give to an agent that always takes action 1."""
     env = tiny.make_env("Counting-v0", seed, index)
