@@ -129,15 +129,6 @@ def test_observation_action_and_reward_of_a_row_belong_together(make_envs):
     check_alignment(rows, dones, taken.sum(-1))
 
 
-def test_no_stored_action_was_ignored_by_the_environment(make_envs):
-    envs = make_envs(3, "Counting-v0", seed=7)
-    rows, _ = play(envs, 47)
-    for i, env in enumerate(envs.vector.envs):
-        stored = rows["action"][rows["is_first"][:, i] == 0, i]
-        assert (stored.sum(-1) == 1).all()  # one-hot
-        assert stored.argmax(-1).tolist() == env.unwrapped.taken
-
-
 @pytest.mark.slow
 def test_environments_in_processes_of_their_own_give_the_same_rows(make_envs):
     sync = make_envs(2, "helpers.envs:Counting-v0", seed=5)
@@ -540,17 +531,6 @@ def test_only_a_discount_of_0_terminates_dm_control(monkeypatch):
     assert steps[-1][1].discount == 0
 
 
-def test_dm_control_actions_fill_their_bounds(monkeypatch):
-    env = tiny.make_env("dm_control/fish-swim-v0", observation="vector")
-    bounds, steps = env.unwrapped.action_space, noted(env.unwrapped, monkeypatch)
-    env.reset()
-    for value in (-1, 0, 1):
-        env.step(np.full(env.action_space.shape, value, np.float32))
-    for (action, _), expected in zip(steps, (bounds.low, 0, bounds.high), strict=True):
-        np.testing.assert_allclose(action, np.broadcast_to(expected, action.shape), atol=1e-7)
-        assert bounds.contains(action)
-
-
 # OpenGL
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
@@ -773,14 +753,6 @@ def test_cartpole_is_drawn_for_pixels():
 
 
 # Actions of any other id
-def test_actions_of_pendulum_are_scaled_to_2():
-    env = tiny.make_env("Pendulum-v1")
-    env.reset()
-    for action, torque in ((-1, -2), (0.25, 0.5), (1, 2)):
-        env.step(np.array([action], np.float32))
-        assert env.unwrapped.last_u == pytest.approx(torque)
-
-
 def test_discrete_actions_may_start_above_0():
     env, _ = make_still("Start-v0", **NUMBERS, actions=Discrete(4, start=3))
     assert env.action_space == MultiBinary(4)

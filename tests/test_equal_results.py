@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv
+from helpers import agents
+from helpers.agents import SCRIPTS, SHAPES, A, B, T, V
 from processes import start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,21 +27,19 @@ import dreamerv1
 import dreamerv2
 import runtime
 
-T, B, V, A = 9, 4, 5, 3
 CPU = torch.device("cpu")
-SMALL = {"deter": 16, "hidden": 16, "units": 16, "cnn_depth": 2, "stoch": 4, "imag_horizon": 5}
-KINDS = {
-    "v1": (dreamerv1, {"actor_dist": "tanh_normal"}),
-    "v1_discrete": (dreamerv1, {"actor_dist": "onehot", "discount_head": True}),
-    "v1_reinforce": (dreamerv1, {"actor_dist": "onehot", "actor_grad": "reinforce"}),
-    "v2": (dreamerv2, {"actor_dist": "onehot", "actor_grad": "reinforce"}),
-    "v2_continuous": (dreamerv2, {"actor_dist": "trunc_normal", "actor_grad": "dynamics"}),
-    "v2_both": (dreamerv2, {"actor_dist": "tanh_normal", "actor_grad": "both"}),
+KINDS = {  # script, whether actions are discrete, options
+    "v1": (dreamerv1, False, {}),
+    "v1_discrete": (dreamerv1, True, {}),
+    "v1_reinforce": (dreamerv1, True, {"actor_grad": "reinforce"}),
+    "v2": (dreamerv2, True, {}),
+    "v2_continuous": (dreamerv2, False, {}),
+    "v2_both": (dreamerv2, False, {"actor_dist": "tanh_normal", "actor_grad": "both"}),
     "v2_twohot": (
-        dreamerv2,
-        {"actor_dist": "onehot", "actor_grad": "both", "reward_head": "twohot", "norm": "layer"},
+        dreamerv2, True, {"actor_grad": "both", "reward_head": "twohot", "norm": "layer"},
     ),
 }  # fmt: skip
+SMALL = {"units": 16, "stoch": 4, "imag_horizon": 5}
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
@@ -57,15 +57,13 @@ def kind(request):
 
 
 def make(kind, device="cpu", **changes):
-    """A script, an agent, its optimizers, and args; the same weights for the same kind."""
-    script, options = KINDS[kind]
-    args = script.Args(**SMALL | {"precision": "float32"} | options | changes)
-    if script is dreamerv2:
-        args.classes = 4
+    """An agent as of helpers.agents and its optimizers; the same weights for the same kind."""
+    script, discrete, options = KINDS[kind]
     torch.manual_seed(1)
-    agent = script.make_agent({"image": (1, 64, 64), "vector": (V,), "action": (A,)}, args)
-    agent = agent if device == "cpu" else agent.to(device)
-    return script, agent, script.make_optimizers(agent, args), args
+    x = agents.make(script, SHAPES, discrete, **SMALL | options | changes)
+    if device != "cpu":  # fake tensors cannot be moved
+        x.agent.to(device)
+    return x, script.make_optimizers(x.agent, x.args)
 
 
 def make_batch(seed):
@@ -86,8 +84,9 @@ def make_batch(seed):
 
 def learner(kind, device="cpu", **changes):
     """The update of a fresh agent, and what it changes."""
-    script, agent, optimizers, args = make(kind, device, **changes)
-    return partial(script.update, agent, optimizers, args=args), {"agent": agent, **optimizers}
+    x, optimizers = make(kind, device, **changes)
+    parts = {"agent": x.agent, **optimizers}
+    return partial(x.script.update, x.agent, optimizers, args=x.args), parts
 
 
 REFUSED = "operation not permitted when stream is capturing\n  CUDA kernel errors might be\n"
@@ -227,14 +226,9 @@ def test_ten_replayed_updates_are_ten_plain_ones(kind, capture):
     captured, graph = capture(update, other_parts.values())
     torch.manual_seed(2)
     for i in range(10):
-        metrics = captured(make_batch(i))
-        for key, value in expected[i].items():
-            assert torch.equal(metrics[key], value), (i, key)
+        assert agents.same(captured(make_batch(i)), expected[i])
     assert graph.replays == 7
-    for old, new in zip(
-        parts["agent"].parameters(), other_parts["agent"].parameters(), strict=True
-    ):
-        assert torch.equal(old, new)
+    assert agents.same(parts["agent"].state_dict(), other_parts["agent"].state_dict())
 
 
 def test_a_captured_function_is_called_four_times_and_then_only_replayed(capture):
@@ -262,33 +256,26 @@ def test_the_first_inputs_of_a_captured_function_stay_as_they_were(capture):
 
 
 def test_acting_by_replay_gives_the_plain_actions_and_states(kind, capture):
-    script, agent, _, _ = make(kind)
-    act = partial(script.policy, agent)
-    captured, _ = capture(act, [agent])
-    batch = make_batch(3)
-    rows = [{k: v[t].numpy() for k, v in batch.items()} for t in range(T)]
-    results = []
-    for function in (runtime.Captured(act, CPU, True), captured):
+    assert_same_acting(make(kind)[0], capture)
+
+
+def assert_same_acting(x, capture, fails=None):
+    """A policy has the actions, states and following noise of one that is not recorded."""
+    act = partial(x.script.policy, x.agent)
+    captured, _ = capture(act, [x.agent], fails)
+    batch, results = make_batch(3), []
+    for function in (runtime.Captured(act, CPU, False), captured):
         torch.manual_seed(4)
-        results.append(acted(function, agent, rows))
-    assert_same_actions(*results)
-
-
-def acted(function, agent, rows):
-    """The actions and states of a policy that meets the rows one after another."""
-    state = agent["world_model"].rssm.initial(B)
-    done = []
-    for row in rows:
-        action, state = function(row, state)
-        done.append((action.clone(), {k: v.clone() for k, v in state.items()}))
-    return done
-
-
-def assert_same_actions(done, others):
-    for (action, state), (other_action, other_state) in zip(done, others, strict=True):
-        assert torch.equal(action, other_action)
-        assert state.keys() == other_state.keys() == {"deter", "stoch"}
-        assert all(torch.equal(state[k], other_state[k]) for k in state)
+        results.append([])
+        state = x.rssm.initial(B)
+        for t in range(10):
+            row = {k: v[t % T].numpy() for k, v in batch.items()}
+            action, state = function(row, state)
+            results[-1].append({"action": action.clone(), **agents.copied(state)})
+        results[-1].append({"noise": torch.rand(3)})  # what is drawn next
+    for ours, theirs in zip(*results, strict=True):
+        assert agents.same(ours, theirs)
+    assert results[0][0].keys() == {"action", "deter", "stoch"}
 
 
 # On a GPU that cannot record
@@ -311,8 +298,7 @@ def test_ten_updates_that_cannot_be_recorded_are_ten_with_recording_off(
         torch.manual_seed(2)
         results.append([function(make_batch(i)) for i in range(10)])
     for ours, theirs in zip(*results, strict=True):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+        assert agents.same(ours, theirs)
     for name, part in parts.items():
         assert_same_state(part.state_dict(), other_parts[name].state_dict())
     assert graph.replays == 0
@@ -339,17 +325,7 @@ def assert_same_state(state, other):
 def test_a_policy_that_cannot_be_recorded_acts_with_the_noise_of_recording_off(
     kind, fails, capture, capsys
 ):
-    script, agent, _, _ = make(kind)
-    act = partial(script.policy, agent)
-    captured, _ = capture(act, [agent], fails)
-    batch = make_batch(3)
-    rows = [{k: v[t % T].numpy() for k, v in batch.items()} for t in range(10)]
-    results = []
-    for function in (runtime.Captured(act, CPU, False), captured):
-        torch.manual_seed(4)
-        results.append(acted(function, agent, rows))
-        results[-1].append((torch.rand(3), results[-1][-1][1]))  # what is drawn next
-    assert_same_actions(*results)
+    assert_same_acting(make(kind)[0], capture, fails)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(SAID)
 
@@ -392,7 +368,6 @@ class RecordedAnywhere(runtime.Captured):
 SHORT_RUN = """--env-id CartPole-v1 --num-envs 2 --total-frames 90 --prefill 40 --batch-length 8
     --batch-size 4 --train-every 4 --pretrain 1 --eval-episodes 1 --log-every 20 --deter 16
     --hidden 16 --units 16 --stoch 4 --threads 1 --imag-horizon 3"""
-SCRIPTS = {"v1": dreamerv1, "v2": dreamerv2}
 
 
 def run_here(script, flags, folder):
@@ -441,7 +416,7 @@ def lose_the_gpu(script, folder):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_without(script, tmp_path):
     folder = tmp_path / "run"
-    code = f"import test_speed; test_speed.lose_the_gpu({script!r}, {str(folder)!r})"
+    code = f"from test_equal_results import lose_the_gpu; lose_the_gpu({script!r}, {str(folder)!r})"
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert done.returncode == 1
@@ -462,12 +437,12 @@ def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_withou
 def test_no_update_and_no_action_waits_for_the_device(kind):
     """Fake tensors have no values, so that any .item(), any branch on a value, is an error."""
     with FakeTensorMode():
-        script, agent, optimizers, args = make(kind, precision="bfloat16")
+        x, optimizers = make(kind, precision="bfloat16")
         batch = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in make_batch(1).items()}
-        metrics = script.update(agent, optimizers, batch, args)
+        metrics = agents.update(x, batch, optimizers)
         runtime.Metrics().record(metrics, 0)
-        row = {k: v[0] for k, v in batch.items()}
-        action, _ = script.policy(agent, row, agent["world_model"].rssm.initial(B))
+        row = agents.row_of(batch, 0)
+        action, _ = x.script.policy(x.agent, row, x.rssm.initial(B))
     assert action.shape == (B, A)
     assert all(v.shape == () and v.dtype == torch.float32 for v in metrics.values())
 
@@ -502,7 +477,7 @@ def test_fifty_updates_in_bfloat16_lose_as_much_as_in_float32(kind):
         assert not torch.equal(ours, theirs)  # or nothing was in bfloat16
 
 
-@pytest.mark.parametrize("script", [dreamerv1, dreamerv2])
+@agents.every_script
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_gradients_in_bfloat16_are_those_of_float32_however_many_rows_they_sum(script, norm):
     """Within 2 %. Torch's own layer norm is off by several times on a CPU, with 5,000 rows."""
@@ -543,7 +518,7 @@ def test_fifty_updates_with_compiled_steps_have_the_losses_of_plain_ones(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("script", ["dreamerv1", "dreamerv2"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_with_compile_learns(script, tmp_path):
     flags = "--env-id CartPole-v1 --total-frames 1100 --eval-episodes 1 --pretrain 3 --compile"
     process = start(f"{script}.py", flags, tmp_path)
@@ -555,9 +530,9 @@ def test_a_run_with_compile_learns(script, tmp_path):
     assert np.isfinite(rows[-1]["losses/model"])
 
 
-@pytest.mark.parametrize("rows", [200_000])
-def test_ends_of_episodes_are_found_in_a_full_replay_without_delay(rows, tmp_path):
+def test_ends_of_episodes_are_found_in_a_full_replay_without_delay(tmp_path):
     """A draw with favor_ends takes no more than a few times one without, whatever the size."""
+    rows = 200_000
     replay = common.Replay(tmp_path, rows, {"reward": (), "is_first": ()}, 1, CPU)
     replay.data["is_first"][::500] = True
     replay.end = replay.written[0] = rows
@@ -603,7 +578,7 @@ def timed_run(script, flags, folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "update", timed_update)
-        rows = run_here(script, f"--env-id test_speed:Timed-v0 {flags}", folder)
+        rows = run_here(script, f"--env-id test_equal_results:Timed-v0 {flags}", folder)
     times = [line.split() for line in Path(steps).read_text().splitlines()]
     return rows, [(float(began), float(ended)) for began, ended in times], updates
 
