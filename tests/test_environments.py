@@ -285,22 +285,6 @@ def test_environments_go_on_with_the_episodes_after_those_of_a_state(
             assert later.state_dict()["episodes"][i] == begun[i] + len(drawn)
 
 
-def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one(make_envs):
-    rows, _ = play(make_envs(2, "CartPole-v1", seed=4), 200)
-    begins = [np.flatnonzero(rows["is_first"][:, i]) for i in (0, 1)]
-    resumed = make_envs(2, "CartPole-v1", seed=4, episodes=[3, 5])
-    first = tiny.reset_rows(resumed)
-    for i, k in enumerate((3, 5)):
-        np.testing.assert_array_equal(first["vector"][i], rows["vector"][begins[i][k], i])
-    # The same actions lead to the same rows.
-    t = begins[0][3]
-    for step in range(1, 8):
-        action = resumed.random_actions().numpy()
-        action[0] = rows["action"][t + step, 0]
-        row, _ = tiny.step(resumed, action)
-        np.testing.assert_array_equal(row["vector"][0], rows["vector"][t + step, 0])
-
-
 class Talking(tiny.Counting):
     """Says something else in info at each step, which gymnasium cannot put side by side."""
 

@@ -131,25 +131,22 @@ class FakeGraph:
         self.replays += 1
         assert not self.recording
         assert self.fails is None
-        copy_into(self.outputs, self.function(*self.inputs))
+        new = tensors(self.function(*self.inputs))
+        for output, tensor in zip(tensors(self.outputs), new, strict=True):
+            output.copy_(tensor)
 
 
-def copy_into(old, new):
-    """Overwrites tensors, in dicts and tuples of them."""
-    if isinstance(old, torch.Tensor):
-        old.detach().copy_(new.detach())
-    else:
-        for key in old if isinstance(old, dict) else range(len(old)):
-            copy_into(old[key], new[key])
+def tensors(value):
+    """All tensors in dicts, tuples and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach()]
+    parts = value.values() if isinstance(value, dict) else value
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
-def fill_with_nan(old):
-    """Overwrites tensors, in dicts, tuples and lists of them."""
-    if isinstance(old, torch.Tensor):
-        old.detach().fill_(torch.nan)
-    else:
-        for value in old.values() if isinstance(old, dict) else old:
-            fill_with_nan(value)
+def fill_with_nan(value):
+    for tensor in tensors(value):
+        tensor.fill_(torch.nan)
 
 
 class FakeStreams:
@@ -164,10 +161,8 @@ class FakeStreams:
         self.current = self.usual
 
     def put_in_place(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
-        monkeypatch.setattr(torch.cuda, "stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "set_stream", self.set_stream)
+        for name in ("graph", "Stream", "stream", "set_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -218,19 +213,6 @@ def capture(streams):
     return make_captured
 
 
-def test_ten_replayed_updates_are_ten_plain_ones(kind, capture):
-    plain, parts = learner(kind)
-    torch.manual_seed(2)
-    expected = [plain(make_batch(i)) for i in range(10)]
-    update, other_parts = learner(kind)
-    captured, graph = capture(update, other_parts.values())
-    torch.manual_seed(2)
-    for i in range(10):
-        assert agents.same(captured(make_batch(i)), expected[i])
-    assert graph.replays == 7
-    assert agents.same(parts["agent"].state_dict(), other_parts["agent"].state_dict())
-
-
 def test_a_captured_function_is_called_four_times_and_then_only_replayed(capture):
     calls = []
 
@@ -255,12 +237,62 @@ def test_the_first_inputs_of_a_captured_function_stay_as_they_were(capture):
     assert not first.any()
 
 
-def test_acting_by_replay_gives_the_plain_actions_and_states(kind, capture):
-    assert_same_acting(make(kind)[0], capture)
+# Recorded, and on a GPU that cannot record
+
+FAILURES = ["entry", "inside", "exit"]
+SAID = "this GPU cannot record, the run goes on step by step: operation not permitted when stream"
+recorded_or_not = pytest.mark.parametrize(
+    ("kind", "fails"),
+    [(kind, None) for kind in KINDS]
+    + [(kind, f) for kind in ("v1", "v2", "v2_continuous") for f in FAILURES],
+)
 
 
-def assert_same_acting(x, capture, fails=None):
-    """A policy has the actions, states and following noise of one that is not recorded."""
+def check_said(fails, capsys):
+    """A failed recording is said in a line."""
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (0 if fails is None else 1)
+    assert all(line.startswith(SAID) and len(line) <= 300 for line in lines)
+
+
+@recorded_or_not
+def test_ten_updates_are_ten_plain_ones_recorded_or_if_that_fails(
+    kind, fails, capture, streams, capsys
+):
+    update, parts = learner(kind)
+    plain = runtime.Captured(update, CPU, False)
+    update, other_parts = learner(kind)
+    captured, graph = capture(update, other_parts.values(), fails)
+    results = []
+    for function in (plain, captured):
+        torch.manual_seed(2)
+        results.append([agents.copied(function(make_batch(i))) for i in range(10)])
+    for ours, theirs in zip(*results, strict=True):
+        assert agents.same(ours, theirs)
+    for name, part in parts.items():
+        assert_same_state(part.state_dict(), other_parts[name].state_dict())
+    assert graph.replays == (7 if fails is None else 0)
+    assert captured.graph is (graph if fails is None else None)
+    assert streams.current is streams.usual
+    check_said(fails, capsys)
+
+
+def assert_same_state(state, other):
+    if isinstance(state, torch.Tensor):
+        assert torch.equal(state, other)
+    elif isinstance(state, dict):
+        assert state.keys() == other.keys()
+        for key in state:
+            assert_same_state(state[key], other[key])
+    else:
+        assert state == other
+
+
+@recorded_or_not
+def test_actions_states_and_noise_are_the_plain_ones_recorded_or_if_that_fails(
+    kind, fails, capture, capsys
+):
+    x, _ = make(kind)
     act = partial(x.script.policy, x.agent)
     captured, _ = capture(act, [x.agent], fails)
     batch, results = make_batch(3), []
@@ -276,58 +308,7 @@ def assert_same_acting(x, capture, fails=None):
     for ours, theirs in zip(*results, strict=True):
         assert agents.same(ours, theirs)
     assert results[0][0].keys() == {"action", "deter", "stoch"}
-
-
-# On a GPU that cannot record
-
-FAILURES = ["entry", "inside", "exit"]
-SAID = "this GPU cannot record, the run goes on step by step: operation not permitted when stream"
-
-
-@pytest.mark.parametrize("fails", FAILURES)
-@pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_ten_updates_that_cannot_be_recorded_are_ten_with_recording_off(
-    kind, fails, capture, streams, capsys
-):
-    update, parts = learner(kind)
-    plain = runtime.Captured(update, CPU, False)
-    update, other_parts = learner(kind)
-    captured, graph = capture(update, other_parts.values(), fails)
-    results = []
-    for function in (plain, captured):
-        torch.manual_seed(2)
-        results.append([function(make_batch(i)) for i in range(10)])
-    for ours, theirs in zip(*results, strict=True):
-        assert agents.same(ours, theirs)
-    for name, part in parts.items():
-        assert_same_state(part.state_dict(), other_parts[name].state_dict())
-    assert graph.replays == 0
-    assert captured.graph is None
-    assert streams.current is streams.usual
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(SAID)
-    assert len(line) <= 300
-
-
-def assert_same_state(state, other):
-    if isinstance(state, torch.Tensor):
-        assert torch.equal(state, other)
-    elif isinstance(state, dict):
-        assert state.keys() == other.keys()
-        for key in state:
-            assert_same_state(state[key], other[key])
-    else:
-        assert state == other
-
-
-@pytest.mark.parametrize("fails", FAILURES)
-@pytest.mark.parametrize("kind", ["v1", "v2", "v2_continuous"])
-def test_a_policy_that_cannot_be_recorded_acts_with_the_noise_of_recording_off(
-    kind, fails, capture, capsys
-):
-    assert_same_acting(make(kind)[0], capture, fails)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(SAID)
+    check_said(fails, capsys)
 
 
 @pytest.mark.parametrize("fails", FAILURES)

@@ -50,12 +50,6 @@ def run(folder):
     return tools.load_run(folder)
 
 
-@pytest.fixture
-def no_noise(monkeypatch):
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
-    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self, shape=(): self.loc)
-
-
 # The numbers, found again in another way
 
 
