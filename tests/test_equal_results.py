@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -433,7 +434,40 @@ def test_fake_tensors_find_a_function_that_waits_for_the_device():
         torch.ones(3).sum().item()
 
 
-def smooth(history, key):
+# bfloat16, and steps that are compiled
+
+
+@agents.every_script
+@pytest.mark.usefixtures("smooth")
+@pytest.mark.parametrize("discrete", [True, False])
+def test_bfloat16_losses_are_close_to_float32_on_the_cpu(script, discrete):
+    full = agents.one_update(script, discrete, norm="layer", kl_scale=1.0)
+    half = agents.one_update(script, discrete, norm="layer", kl_scale=1.0, precision="bfloat16")
+    assert half != full
+    for key in ("losses/model", "losses/vector", "losses/reward", "losses/discount"):
+        assert math.isclose(half[key], full[key], rel_tol=0.03), key
+    for key in ("losses/kl", "losses/actor", "losses/critic", "imag/return"):
+        assert math.isclose(half[key], full[key], rel_tol=0.2, abs_tol=0.02), key
+
+
+@agents.every_script
+def test_states_statistics_and_losses_are_float32_under_bfloat16(script):
+    x = agents.make(script, SHAPES, actor_dist="tanh_normal")
+    batch = agents.make_batch(SHAPES)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, post, metrics = x.world_model.loss(batch)
+        _, prior = agents.observe(x, batch)
+        normal = x.actor(x.rssm.feat(post)).base_dist.base_dist
+        gru = x.rssm.gru.forward
+        x.rssm.gru.forward = lambda *inputs: gru(*inputs).bfloat16()  # as autocast on a GPU
+        deter = x.rssm.gru_step(agents.random_state(x, B), torch.randn(B, A))
+    values = (loss, *post.values(), *prior.values(), *metrics.values())
+    for value in (*values, normal.mean, normal.stddev, deter):
+        assert value.dtype == torch.float32
+
+
+def tens(history, key):
+    """Means of a loss over ten updates each."""
     return torch.stack([metrics[key] for metrics in history]).unflatten(0, (-1, 10)).mean(1)
 
 
@@ -451,7 +485,7 @@ def test_fifty_updates_in_bfloat16_lose_as_much_as_in_float32(kind):
         torch.manual_seed(5)
         histories.append([update(make_batch(i)) for i in range(50)])
     for key in ("losses/image", "losses/vector", "losses/model"):
-        ours, theirs = (smooth(history, key) for history in histories)
+        ours, theirs = (tens(history, key) for history in histories)
         torch.testing.assert_close(ours[:2], theirs[:2], rtol=0.01, atol=0)
         torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0)
         assert ours[-1] < 0.7 * ours[0]
@@ -494,7 +528,7 @@ def test_fifty_updates_with_compiled_steps_have_the_losses_of_plain_ones(kind):
         # The first updates agree to rounding; later a sample may fall on the other side.
         torch.testing.assert_close(ours[:5], theirs[:5], rtol=1e-4, atol=1e-5)
         close = {"rtol": 0.05, "atol": 0.01}
-        torch.testing.assert_close(smooth(histories[0], key), smooth(histories[1], key), **close)
+        torch.testing.assert_close(tens(histories[0], key), tens(histories[1], key), **close)
 
 
 @pytest.mark.slow
@@ -611,7 +645,7 @@ class TestGpu:
             ours, theirs = (torch.stack([m[key] for m in history]) for history in (graph, plain))
             torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-3, atol=1e-4)
         for key in ("losses/image", "losses/vector", "losses/model"):
-            torch.testing.assert_close(smooth(graph, key), smooth(plain, key), rtol=0.1, atol=0)
+            torch.testing.assert_close(tens(graph, key), tens(plain, key), rtol=0.1, atol=0)
 
     def test_an_update_never_waits_for_the_gpu(self, kind, precision):
         _, _, captured = updates_on_gpu(kind, 5, True, precision=precision)

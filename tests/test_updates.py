@@ -1,13 +1,11 @@
-"""An update: which weights it moves, by how much, from which gradients, and in which precision."""
+"""An update: which weights it moves, by how much, and from which gradients."""
 
 import copy
-import math
 
 import pytest
 import torch
 from helpers.agents import (
-    SHAPES, A, B, close, copied, every_gradient, every_script, make, make_batch, observe,
-    one_update, random_state, same, update,
+    SHAPES, close, copied, every_gradient, every_script, make, make_batch, one_update, same, update,
 )  # fmt: skip
 from torch import nn
 
@@ -142,37 +140,6 @@ def test_weight_decay_takes_the_same_share_whatever_the_learning_rate(decay):
         optimizer.step()
         for p in optimizer.param_groups[0]["params"]:
             close(p.data, torch.full_like(p, 1 - decay), rtol=0, atol=1e-7)
-
-
-# In which precision
-
-
-@every_script
-@pytest.mark.usefixtures("smooth")
-@pytest.mark.parametrize("discrete", [True, False])
-def test_bfloat16_losses_are_close_to_float32_on_the_cpu(script, discrete):
-    full = one_update(script, discrete, norm="layer", kl_scale=1.0)
-    half = one_update(script, discrete, norm="layer", kl_scale=1.0, precision="bfloat16")
-    assert half != full
-    for key in ("losses/model", "losses/vector", "losses/reward", "losses/discount"):
-        assert math.isclose(half[key], full[key], rel_tol=0.03), key
-    for key in ("losses/kl", "losses/actor", "losses/critic", "imag/return"):
-        assert math.isclose(half[key], full[key], rel_tol=0.2, abs_tol=0.02), key
-
-
-@every_script
-def test_states_statistics_and_losses_are_float32_under_bfloat16(script):
-    x, batch = make(script, SHAPES, actor_dist="tanh_normal"), make_batch(SHAPES)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, post, metrics = x.world_model.loss(batch)
-        _, prior = observe(x, batch)
-        normal = x.actor(x.rssm.feat(post)).base_dist.base_dist
-        gru = x.rssm.gru.forward
-        x.rssm.gru.forward = lambda *inputs: gru(*inputs).bfloat16()  # as autocast on a GPU
-        deter = x.rssm.gru_step(random_state(x, B), torch.randn(B, A))
-    values = (loss, *post.values(), *prior.values(), *metrics.values())
-    for value in (*values, normal.mean, normal.stddev, deter):
-        assert value.dtype == torch.float32
 
 
 # What "auto" stands for
