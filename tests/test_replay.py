@@ -26,6 +26,8 @@ SHAPES = {
 }
 DTYPES = dict.fromkeys(SHAPES, np.float32) | {"is_first": np.bool_}
 CPU = torch.device("cpu")
+# Rows that are resets, and of which environments; row 24 is too early for a whole window.
+ENDS = {0: (0, 1, 2), 25: (0,), 30: (1,), 41: (0,), 24: (2,), 52: (2,)}
 FILES = {"lock", *(f"{name}.npy" for name in (*SHAPES, "written"))}
 
 
@@ -47,17 +49,17 @@ def made(folder, *args):
     return common.Replay(folder, *args, CPU)
 
 
-def filled(folder, capacity, rows, num_envs=3, first=dict):
+def filled(folder, capacity, rows, num_envs=3, first=None):
     """A replay after so many rows; first: dict of row -> environments that it resets."""
     replay = made(folder, capacity, SHAPES, num_envs)
     add(replay, range(rows), first)
     return replay
 
 
-def add(replay, numbers, first=dict, lost=0):
+def add(replay, numbers, first=None, lost=0):
     """Appends rows; lost: what is added to the numbers of rows that no checkpoint knows."""
     for number in numbers:
-        replay.add(make_row(lost + number, replay.num_envs, first().get(number, ())))
+        replay.add(make_row(lost + number, replay.num_envs, (first or {}).get(number, ())))
 
 
 def windows(replay, batches, batch_size, length, **options):
@@ -108,10 +110,10 @@ def test_a_batch_is_time_first_and_a_scalar_has_no_last_dimension(tmp_path):
 
 
 def test_resets_come_back_as_they_were_added(tmp_path):
-    replay = filled(tmp_path, 40, 60, first=ends)
+    replay = filled(tmp_path, 40, 60, first=ENDS)
     batch = replay.sample(400, 7)
     number, env = batch["vector"].int().movedim(-1, 0).tolist()
-    resets = {(row, i) for row, envs in ends().items() for i in envs}
+    resets = {(row, i) for row, envs in ENDS.items() for i in envs}
     expected = [
         [pair in resets for pair in zip(*x, strict=True)] for x in zip(number, env, strict=True)
     ]
@@ -132,7 +134,7 @@ def test_a_window_may_be_as_long_as_the_replay(tmp_path):
 
 
 def test_windows_are_drawn_uniformly_whether_or_not_they_end_an_episode(tmp_path):
-    counts = windows(filled(tmp_path, 40, 60, first=ends), 100, 211, 7)
+    counts = windows(filled(tmp_path, 40, 60, first=ENDS), 100, 211, 7)
     possible = (40 - 7 + 1) * 3
     expected = 100 * 211 / possible
     chi_square = sum((n - expected) ** 2 / expected for n in counts.values())
@@ -158,14 +160,9 @@ def test_the_same_seed_of_torch_draws_the_same_windows(tmp_path):
 
 
 # Episode ends
-def ends():
-    """Rows that are resets, and of which environments; row 24 is too early for a whole window."""
-    return {0: (0, 1, 2), 25: (0,), 30: (1,), 41: (0,), 24: (2,), 52: (2,)}
-
-
 def test_the_window_at_the_end_of_an_episode_is_drawn_length_plus_1_times_as_often(tmp_path):
     capacity, rows, length = 40, 60, 5  # rows 20..59 are there
-    replay = filled(tmp_path, capacity, rows, first=ends)
+    replay = filled(tmp_path, capacity, rows, first=ENDS)
     counts = windows(replay, 150, 307, length, favor_ends=True)
     last = [(25 - 5, 0), (41 - 5, 0), (30 - 5, 1), (52 - 5, 2)]  # (24 - 5, 2) is overwritten
     usual = [n for start, n in counts.items() if start not in last]
@@ -178,7 +175,7 @@ def test_the_window_at_the_end_of_an_episode_is_drawn_length_plus_1_times_as_oft
 
 
 def test_an_overwritten_reset_favors_nothing(tmp_path):
-    replay = filled(tmp_path, 16, 40, num_envs=2, first=lambda: {10: (0,), 14: (1,), 24: (0,)})
+    replay = filled(tmp_path, 16, 40, num_envs=2, first={10: (0,), 14: (1,), 24: (0,)})
     # Of rows 24..39 the first one is a reset, whose episode is gone.
     counts = windows(replay, 60, 101, 6, favor_ends=True)
     assert len(counts) == 11 * 2
@@ -339,9 +336,9 @@ def test_rows_that_were_overwritten_after_the_checkpoint_are_not_drawn(tmp_path)
 
 
 def test_resets_that_were_dropped_or_overwritten_favor_nothing(tmp_path):
-    replay = filled(tmp_path, 40, 57, first=lambda: {35: (1,), 22: (0,)})
+    replay = filled(tmp_path, 40, 57, first={35: (1,), 22: (0,)})
     state = replay.state_dict()
-    add(replay, range(57, 70), first=lambda: {66: (0, 1, 2)}, lost=1000)
+    add(replay, range(57, 70), first={66: (0, 1, 2)}, lost=1000)
     resumed = resume(tmp_path, 40, state)
     assert favored(resumed, 5) == {(30, 1)}
     check_rows(resumed, range(30, 57), 40)
@@ -451,10 +448,10 @@ def test_a_replay_can_grow_again_and_again(tmp_path):
 
 
 def test_the_ends_of_episodes_are_favored_after_growth(tmp_path):
-    state = filled(tmp_path, 40, 40, first=lambda: {0: (0, 1, 2), 35: (1,)}).state_dict()
+    state = filled(tmp_path, 40, 40, first={0: (0, 1, 2), 35: (1,)}).state_dict()
     grown = resume(tmp_path, 60, state)
     assert favored(grown, 5) == {(30, 1)}
-    add(grown, range(40, 70), first=lambda: {64: (2,)})  # rows 10..69 are left
+    add(grown, range(40, 70), first={64: (2,)})  # rows 10..69 are left
     assert favored(grown, 5) == {(30, 1), (59, 2)}
 
 
