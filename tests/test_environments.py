@@ -75,6 +75,17 @@ def play(envs, steps, seed=0):
     return {k: np.stack([row[k] for row in rows]) for k in rows[0]}, np.stack(dones)
 
 
+def episode_of(env, action):
+    """The rewards of an episode in which one action is taken all the time."""
+    env.reset()
+    rewards, done = [], False
+    while not done:
+        _, reward, terminated, truncated, _ = env.step(action)
+        rewards.append(reward)
+        done = terminated or truncated
+    return rewards
+
+
 def assert_same_rows(rows, others):
     assert rows.keys() == others.keys()
     for key in rows:
@@ -767,12 +778,8 @@ def test_actions_of_several_dimensions_are_flat_outside():
 
 def test_an_action_is_repeated_until_the_episode_ends():
     env = tiny.make_env("Counting-v0", action_repeat=4)
-    env.reset()
-    length, total, done = env.unwrapped.length, 0, False
-    while not done:
-        _, reward, terminated, truncated, _ = env.step(np.eye(3)[2])
-        total += reward
-        done = terminated or truncated
+    total = sum(episode_of(env, np.eye(3)[2]))
+    length = env.unwrapped.length
     assert len(env.unwrapped.taken) == length
     assert length % 4 != 0  # so that a repeat was broken off
     assert total == sum(range(1, length + 1)) + length * 2 / 8
@@ -838,17 +845,7 @@ def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
 def returns_of(index, episodes, seed=11):
     """What the first episodes of an environment give to an agent that always takes action 1."""
     env = tiny.make_env("Counting-v0", seed, index)
-    returns = []
-    for _ in range(episodes):
-        env.reset()
-        total = 0.0
-        done = False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(np.eye(3)[1])
-            total += reward
-            done = terminated or truncated
-        returns.append(total)
-    return returns
+    return [sum(episode_of(env, np.eye(3)[1])) for _ in range(episodes)]
 
 
 def ones(row, state):
