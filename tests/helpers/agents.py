@@ -18,7 +18,7 @@ SIZES = {
     "deter": D, "hidden": HIDDEN, "stoch": S, "units": UNITS, "layers": LAYERS,
     "cnn_depth": DEPTH, "imag_horizon": HORIZON, "free_nats": 0.0,
 }  # fmt: skip
-OWN = {  # sizes that only one script has
+OWN = {  # options that only one script has
     dreamerv1: {"reward_layers": 1, "discount_layers": 3, "critic_layers": 4, "cnn_act": "elu"},
     dreamerv2: {"classes": K},
 }
