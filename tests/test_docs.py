@@ -21,7 +21,7 @@ import check
 import gymnasium as gym
 import pytest
 import torch
-from envs import make_envs
+from helpers.envs import make_envs
 from processes import start
 
 import common

@@ -7,17 +7,34 @@ import sys
 from pathlib import Path
 
 import cv2
-import envs as tiny
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from helpers import envs as tiny
 
 import common
 import runtime
 
 ROOT = Path(__file__).parent.parent
+every_way = pytest.mark.parametrize(
+    "parallel", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in turn", "processes"]
+)
+
+
+@pytest.fixture
+def make_envs():
+    """tiny.make_envs, whose environments are closed after the test."""
+    made = []
+
+    def make(*args, **options):
+        made.append(tiny.make_envs(*args, **options))
+        return made[-1]
+
+    yield make
+    for envs in made:
+        envs.close()
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +54,12 @@ def gl():
             pytest.skip("no OpenGL without a screen")
 
 
-def run_python(code, **env):
+def run_python(code):
     """Runs code as a user would, in a process without our MUJOCO_GL -> (exit code, output)."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
-    kept["PYTHONPATH"] = str(ROOT / "tests")
+    env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    env["PYTHONPATH"] = str(ROOT / "tests")
     command = [sys.executable, "-c", code]
-    result = subprocess.run(
-        command, cwd=ROOT, env=kept | env, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -58,6 +73,35 @@ def play(envs, steps, seed=0):
         rows.append(row)
         dones.append(envs.ended)
     return {k: np.stack([row[k] for row in rows]) for k in rows[0]}, np.stack(dones)
+
+
+def episode_of(env, action):
+    """The rewards of an episode in which one action is taken all the time."""
+    env.reset()
+    rewards, done = [], False
+    while not done:
+        _, reward, terminated, truncated, _ = env.step(action)
+        rewards.append(reward)
+        done = terminated or truncated
+    return rewards
+
+
+def assert_same_rows(rows, others):
+    assert rows.keys() == others.keys()
+    for key in rows:
+        np.testing.assert_array_equal(rows[key], others[key], key)
+        assert rows[key].dtype == others[key].dtype
+
+
+def play_both(envs, others, steps):
+    """Random play in two sets of environments, which give the same -> rows, dones."""
+    rows, dones = play(envs, steps)
+    same, same_dones = play(others, steps)
+    assert_same_rows(rows, same)
+    np.testing.assert_array_equal(dones, same_dones)
+    for name in ("returns", "lengths", "episodes"):
+        np.testing.assert_array_equal(getattr(envs, name), getattr(others, name), name)
+    return rows, dones
 
 
 def preset(env_id, observation="auto", preset="auto"):
@@ -85,60 +129,35 @@ def check_alignment(rows, dones, codes):
 
 
 # Rows
-def test_observation_action_and_reward_of_a_row_belong_together():
-    envs = tiny.make_envs(3, "Counting-v0", seed=5)
-    rows, dones = play(envs, 61)
+def test_observation_action_and_reward_of_a_row_belong_together(make_envs):
+    rows, dones = play(make_envs(3, "Counting-v0", seed=5), 61)
     check_alignment(rows, dones, rows["action"].argmax(-1))
     assert rows["action"].shape == (62, 3, 3)
-    assert {rows[k].dtype for k in ("action", "reward", "is_first", "is_terminal")} == {
-        np.dtype(np.float32)
-    }
-    envs.close()
-
-
-def test_observation_action_and_reward_of_a_row_belong_together_for_continuous_actions():
-    envs = tiny.make_envs(4, "CountingContinuous-v0", seed=6)
-    rows, dones = play(envs, 53)
+    for key in ("action", "reward", "is_first", "is_terminal"):
+        assert rows[key].dtype == np.float32
+    rows, dones = play(make_envs(4, "CountingContinuous-v0", seed=6), 53)
     taken = (rows["action"] + 1) / 2 * np.array([6, 1]) + np.array([-2, 0])
     check_alignment(rows, dones, taken.sum(-1))
-    envs.close()
-
-
-def test_no_stored_action_was_ignored_by_the_environment():
-    envs = tiny.make_envs(3, "Counting-v0", seed=7)
-    rows, _ = play(envs, 47)
-    for i, env in enumerate(envs.vector.envs):
-        stored = rows["action"][rows["is_first"][:, i] == 0, i]
-        assert (stored.sum(-1) == 1).all()  # one-hot
-        assert stored.argmax(-1).tolist() == env.unwrapped.taken
-    envs.close()
 
 
 @pytest.mark.slow
-def test_environments_in_processes_of_their_own_give_the_same_rows():
-    sync = tiny.make_envs(2, "envs:Counting-v0", seed=5)
-    parallel = tiny.make_envs(2, "envs:Counting-v0", seed=5, parallel=True)
+def test_environments_in_processes_of_their_own_give_the_same_rows(make_envs):
+    sync = make_envs(2, "helpers.envs:Counting-v0", seed=5)
+    parallel = make_envs(2, "helpers.envs:Counting-v0", seed=5, parallel=True)
     assert isinstance(parallel.vector, gym.vector.AsyncVectorEnv)
-    rows, dones = play(sync, 41)
-    same, same_dones = play(parallel, 41)
-    check_alignment(same, same_dones, same["action"].argmax(-1))
-    np.testing.assert_array_equal(dones, same_dones)
-    for key in rows:
-        np.testing.assert_array_equal(rows[key], same[key], key)
+    rows, dones = play_both(sync, parallel, 41)
+    check_alignment(rows, dones, rows["action"].argmax(-1))
     taken = [env.unwrapped.taken for env in sync.vector.envs]
     assert taken == list(parallel.vector.get_attr("taken"))
-    sync.close()
-    parallel.close()
 
 
-def test_a_parallel_environment_that_cannot_be_made_is_a_user_error():
+def test_a_parallel_environment_that_cannot_be_made_is_a_user_error(make_envs):
     with pytest.raises(runtime.UserError, match="no NoSuchThing-v0"):
-        tiny.make_envs(2, "NoSuchThing-v0", seed=5, parallel=True)
+        make_envs(2, "NoSuchThing-v0", seed=5, parallel=True)
 
 
-def test_frames_are_counted_without_reset_rows():
-    envs = tiny.make_envs(3, "Counting-v0", seed=8, action_repeat=2)
-    torch.manual_seed(0)
+def test_frames_are_counted_without_reset_rows(make_envs):
+    envs = make_envs(3, "Counting-v0", seed=8, action_repeat=2)
     steps = 0
     for _ in range(32):
         row, episodes = tiny.step(envs, envs.random_actions())
@@ -148,13 +167,11 @@ def test_frames_are_counted_without_reset_rows():
     odd = 2 * steps - frames  # repeats that the end of an episode broke off count whole
     assert 0 < odd < 20
     assert steps < 3 * 31
-    envs.close()
 
 
 @pytest.mark.parametrize("repeat", [1, 2])
-def test_returns_and_lengths_are_the_sums_over_the_rows_of_each_episode(repeat):
-    envs = tiny.make_envs(3, "Counting-v0", seed=5, action_repeat=repeat)
-    torch.manual_seed(0)
+def test_returns_and_lengths_are_the_sums_over_the_rows_of_each_episode(make_envs, repeat):
+    envs = make_envs(3, "Counting-v0", seed=5, action_repeat=repeat)
     rewards = [[], [], []]  # of the episode so far
     ends = [[], [], []]  # the steps with which episodes ended
     for t in range(60):
@@ -175,11 +192,10 @@ def test_returns_and_lengths_are_the_sums_over_the_rows_of_each_episode(repeat):
         assert envs.lengths.tolist() == [len(rewards[i]) for i in range(3)]
     assert min(len(steps) for steps in ends) > 5
     assert len({tuple(steps) for steps in ends}) == 3  # at different times
-    envs.close()
 
 
-def test_environments_that_all_ended_are_reset():
-    envs = tiny.make_envs(2, "Counting-v0", seed=5)
+def test_environments_that_all_ended_are_reset(make_envs):
+    envs = make_envs(2, "Counting-v0", seed=5)
     dtypes = dict.fromkeys(envs.shapes, np.float32)
     for episode in (0, 1, 2):  # whether or not the episodes have really ended
         envs.load_state_dict({"episodes": [episode, episode]})
@@ -193,67 +209,46 @@ def test_environments_that_all_ended_are_reset():
         assert envs.episodes.tolist() == [episode + 1, episode + 1]
         assert {k: v.dtype for k, v in row.items()} == dtypes
         assert {k: v.shape[1:] for k, v in row.items()} == envs.shapes
-        row, _ = tiny.step(envs, np.eye(3)[[1, 2]])
-        assert row["vector"][:, :2].tolist() == [[1, 1], [1, 2]]
-    envs.close()
+        kept = {k: v.copy() for k, v in row.items()}
+        after, _ = tiny.step(envs, np.eye(3)[[1, 2]])
+        assert after["vector"][:, :2].tolist() == [[1, 1], [1, 2]]
+        assert_same_rows(row, kept)  # its values stay when the environment goes on
 
 
-def test_an_environment_alone_gives_the_rows_that_it_gives_among_others():
+def test_an_environment_alone_gives_the_rows_that_it_gives_among_others(make_envs):
     streams = []
     for num_envs in (1, 3):  # alone it is reset, among others by the step after its last
-        envs = tiny.make_envs(num_envs, "Counting-v0", seed=5)
+        envs = make_envs(num_envs, "Counting-v0", seed=5)
         rows = [tiny.reset_rows(envs)]
         for step in range(50):
             action = np.eye(3, dtype=np.float32)[[step % 3] * num_envs]
-            row, _ = tiny.step(envs, action)
-            rows.append(row)
+            rows.append(tiny.step(envs, action)[0])
         streams.append({k: np.stack([row[k][0] for row in rows]) for k in rows[0]})
-        envs.close()
     assert streams[0]["is_first"].sum() > 5
-    for key in streams[0]:
-        np.testing.assert_array_equal(streams[0][key], streams[1][key], key)
+    assert_same_rows(*streams)
 
 
-def test_a_row_keeps_its_values_when_the_environment_goes_on():
-    envs = tiny.make_envs(2, "Counting-v0", seed=9)
-    row = tiny.reset_rows(envs)
-    copy = {k: v.copy() for k, v in row.items()}
-    tiny.step(envs, np.eye(3, dtype=np.float32)[[1, 2]])
-    for key in row:
-        np.testing.assert_array_equal(row[key], copy[key], key)
-    envs.close()
-
-
-def test_random_actions_are_uniform():
-    envs = tiny.make_envs(3, "Counting-v0", seed=1)
-    torch.manual_seed(0)
-    actions = torch.cat([envs.random_actions() for _ in range(500)]).numpy()
-    assert envs.discrete
+@pytest.mark.parametrize("env_id", ["Counting-v0", "CountingContinuous-v0"])
+def test_random_actions_are_uniform_and_follow_from_torchs_seed(make_envs, env_id):
+    envs, draws = make_envs(3, env_id, seed=1), []
+    for seed in (4, 4, 5):
+        torch.manual_seed(seed)
+        draws.append(torch.cat([envs.random_actions() for _ in range(500)]))
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+    actions = draws[0].numpy()
     assert actions.dtype == np.float32
-    assert set(actions.sum(-1)) == {1.0}
-    assert abs(actions.mean(0) - 1 / 3).max() < 0.04
-    envs.close()
-    envs = tiny.make_envs(3, "CountingContinuous-v0", seed=1)
-    actions = torch.cat([envs.random_actions() for _ in range(500)]).numpy()
-    assert not envs.discrete
-    assert actions.dtype == np.float32
-    assert abs(actions.std(0) - 1 / np.sqrt(3)).max() < 0.03
-    assert abs(actions).max() <= 1
-    envs.close()
+    assert envs.discrete == (env_id == "Counting-v0")
+    if envs.discrete:
+        assert set(actions.sum(-1)) == {1.0}
+        assert abs(actions.mean(0) - 1 / 3).max() < 0.04
+    else:
+        assert abs(actions.mean(0)).max() < 0.05
+        assert abs(actions.std(0) - 1 / np.sqrt(3)).max() < 0.03
+        assert abs(actions).max() <= 1
 
 
-def test_the_same_seed_of_torch_draws_the_same_random_actions():
-    for env_id in ("Counting-v0", "CountingContinuous-v0"):
-        envs = tiny.make_envs(3, env_id, seed=1)
-        draws = []
-        for seed in (4, 4, 5):
-            torch.manual_seed(seed)
-            draws.append(torch.stack([envs.random_actions() for _ in range(9)]))
-        assert draws[0].equal(draws[1])
-        assert not draws[0].equal(draws[2])
-        envs.close()
-
-
+# Seeds and episodes
 def seeds(rows, env):
     """The seeds of the episodes in an environment's rows."""
     vector = rows["vector"][rows["is_first"][:, env] == 1, env]
@@ -264,40 +259,30 @@ def seed_of_episode(seed, index, episode):
     return int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0]) >> 1
 
 
-def test_episodes_have_seeds_that_follow_from_run_environment_and_number():
-    envs = tiny.make_envs(2, "Counting-v0", seed=3)
-    rows, _ = play(envs, 60)
+def test_episodes_have_seeds_that_follow_from_run_environment_and_number(make_envs):
+    rows, _ = play(make_envs(2, "Counting-v0", seed=3), 60)
     drawn = [seeds(rows, i)[:5] for i in (0, 1)]
-    for i, k in ((0, 0), (0, 1), (1, 0), (1, 4)):
-        assert drawn[i][k] == seed_of_episode(3, i, k)
+    assert drawn == [[seed_of_episode(3, i, k) for k in range(5)] for i in (0, 1)]
     assert len({*drawn[0], *drawn[1]}) == 10  # all differ
-    envs.close()
-    shifted = tiny.make_envs(1, "Counting-v0", seed=3, first_index=1)
+    shifted = make_envs(1, "Counting-v0", seed=3, first_index=1)
     assert seeds(play(shifted, 60)[0], 0)[:5] == drawn[1]
-    shifted.close()
 
 
-def test_episodes_counts_those_that_began():
-    envs = tiny.make_envs(3, "Counting-v0", seed=3, episodes=[0, 7, 2])
-    rows, _ = play(envs, 33)
-    begun = (rows["is_first"].sum(0) + np.array([0, 7, 2])).tolist()
-    assert list(envs.vector.get_attr("episode")) == begun
-    assert envs.episodes.tolist() == begun
-    assert envs.state_dict() == {"episodes": begun}
-    envs.close()
-
-
-@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+@every_way
 @pytest.mark.parametrize("time_limit", [0, 5])  # with a limit, one more wrapper
-def test_environments_go_on_with_the_episodes_after_those_of_a_state(parallel, time_limit):
+def test_environments_go_on_with_the_episodes_after_those_of_a_state(
+    make_envs, parallel, time_limit
+):
     made = {"seed": 3, "parallel": parallel, "time_limit": time_limit}
-    envs = tiny.make_envs(2, "envs:Counting-v0", episodes=[0, 2], **made)
+    envs = make_envs(2, "helpers.envs:Counting-v0", episodes=[0, 2], **made)
     rows, _ = play(envs, 36)
     assert not envs.all_ended  # the state is taken amid an episode
+    begun = (rows["is_first"].sum(0) + np.array([0, 2])).tolist()  # episodes that have
+    assert list(envs.vector.get_attr("episode")) == envs.episodes.tolist() == begun
     state = envs.state_dict()
-    assert state["episodes"] == (rows["is_first"].sum(0) + np.array([0, 2])).tolist()
-    assert state["episodes"][0] != state["episodes"][1]
-    resumed = tiny.make_envs(2, "envs:Counting-v0", **made)
+    assert state == {"episodes": begun}
+    assert begun[0] != begun[1]
+    resumed = make_envs(2, "helpers.envs:Counting-v0", **made)
     resumed.load_state_dict(state)
     again = {"episodes": [4, 0]}
     envs.load_state_dict(again)  # of environments that are amid an episode
@@ -306,30 +291,9 @@ def test_environments_go_on_with_the_episodes_after_those_of_a_state(parallel, t
         assert (rows["is_first"][0] == 1).all()
         for i in (0, 1):
             drawn = seeds(rows, i)
-            expected = [seed_of_episode(3, i, begun[i] + k) for k in range(len(drawn))]
-            assert drawn == expected
+            assert drawn == [seed_of_episode(3, i, begun[i] + k) for k in range(len(drawn))]
             assert len(drawn) > 2
             assert later.state_dict()["episodes"][i] == begun[i] + len(drawn)
-        later.close()
-
-
-def test_a_resumed_run_goes_on_with_the_episode_of_an_undisturbed_one():
-    whole = tiny.make_envs(2, "CartPole-v1", seed=4)
-    rows, _ = play(whole, 200)
-    whole.close()
-    begins = [np.flatnonzero(rows["is_first"][:, i]) for i in (0, 1)]
-    resumed = tiny.make_envs(2, "CartPole-v1", seed=4, episodes=[3, 5])
-    first = tiny.reset_rows(resumed)
-    for i, k in enumerate((3, 5)):
-        np.testing.assert_array_equal(first["vector"][i], rows["vector"][begins[i][k], i])
-    # The same actions lead to the same rows.
-    t = begins[0][3]
-    for step in range(1, 8):
-        action = resumed.random_actions().numpy()
-        action[0] = rows["action"][t + step, 0]
-        row, _ = tiny.step(resumed, action)
-        np.testing.assert_array_equal(row["vector"][0], rows["vector"][t + step, 0])
-    resumed.close()
 
 
 class Talking(tiny.Counting):
@@ -351,24 +315,17 @@ class Talking(tiny.Counting):
 gym.register("Talking-v0", Talking)
 
 
-@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_info_that_differs_from_step_to_step_disturbs_nothing(parallel):
+@every_way
+def test_info_that_differs_from_step_to_step_disturbs_nothing(make_envs, parallel):
     with pytest.raises(ValueError, match="could not broadcast"):  # what would happen otherwise
         gym.vector.SyncVectorEnv([Talking, Talking]).reset(seed=[1, 2])
-    quiet = tiny.make_envs(3, "Counting-v0", seed=5)
-    envs = tiny.make_envs(3, "test_environments:Talking-v0", seed=5, parallel=parallel)
-    rows, dones = play(quiet, 41)
-    same, same_dones = play(envs, 41)
-    check_alignment(same, same_dones, same["action"].argmax(-1))
-    np.testing.assert_array_equal(dones, same_dones)
-    for key in rows:
-        np.testing.assert_array_equal(rows[key], same[key], key)
-    np.testing.assert_array_equal(quiet.returns, envs.returns)
-    np.testing.assert_array_equal(quiet.lengths, envs.lengths)
-    quiet.close()
-    envs.close()
+    quiet = make_envs(3, "Counting-v0", seed=5)
+    envs = make_envs(3, "test_environments:Talking-v0", seed=5, parallel=parallel)
+    rows, dones = play_both(quiet, envs, 41)
+    check_alignment(rows, dones, rows["action"].argmax(-1))
 
 
+# Time limits
 @pytest.mark.parametrize(
     ("frames", "repeat", "steps"), [(7, 1, 7), (8, 2, 4), (7, 2, 4), (3, 4, 1)]
 )
@@ -382,13 +339,10 @@ def test_a_time_limit_in_frames_truncates_after_the_agent_step_that_reaches_it(
         assert ends == [(False, False)] * (steps - 1) + [(False, True)]
 
 
-def test_the_limit_of_the_environment_itself_holds_without_a_time_limit():
-    envs = tiny.make_envs(1, "CountingShort-v0", seed=2)
-    rows, dones = play(envs, 60)
+def test_the_limit_of_the_environment_itself_holds_without_a_time_limit(make_envs):
+    rows, dones = play(make_envs(1, "CountingShort-v0", seed=2), 60)
     assert rows["vector"][..., 0].max() == 4
-    cut = dones & (rows["vector"][..., 0] == 4) & (rows["is_terminal"] == 0)
-    assert cut.any()
-    envs.close()
+    assert (dones & (rows["vector"][..., 0] == 4) & (rows["is_terminal"] == 0)).any()
 
 
 # Atari
@@ -403,22 +357,21 @@ def test_atari_frames_are_counted_once(env_id):
         assert ale.getEpisodeFrameNumber() - before == 4
 
 
+@pytest.mark.parametrize(("grayscale", "channels"), [(True, 1), (False, 3)])
 @pytest.mark.parametrize("env_id", ["PongNoFrameskip-v4", "ALE/Pong-v5"])
-def test_atari_images_are_the_screen_in_gray_or_rgb(env_id):
+def test_atari_images_are_the_screen_in_gray_or_rgb(env_id, grayscale, channels):
     assert preset(env_id) == "atari"
-    for grayscale, channels in ((True, 1), (False, 3)):
-        env = tiny.make_env(env_id, grayscale=grayscale)
-        assert env.observation_space["image"].shape == (channels, 64, 64)
-        env.reset()
-        for _ in range(4):
-            image = env.step(np.eye(6)[3])[0]["image"]
-        assert image.shape == (channels, 64, 64)
-        assert image.dtype == np.uint8
-        ale = env.unwrapped.ale
-        screen = ale.getScreenGrayscale()[..., None] if grayscale else ale.getScreenRGB()
-        small = np.atleast_3d(cv2.resize(screen, (64, 64), interpolation=cv2.INTER_AREA))
-        np.testing.assert_array_equal(image, small.transpose(2, 0, 1))
-        assert image.std() > 1
+    env = tiny.make_env(env_id, grayscale=grayscale)
+    assert env.observation_space["image"].shape == (channels, 64, 64)
+    env.reset()
+    for _ in range(4):
+        image = env.step(np.eye(6)[3])[0]["image"]
+    assert image.dtype == np.uint8
+    ale = env.unwrapped.ale
+    screen = ale.getScreenGrayscale()[..., None] if grayscale else ale.getScreenRGB()
+    small = np.atleast_3d(cv2.resize(screen, (64, 64), interpolation=cv2.INTER_AREA))
+    np.testing.assert_array_equal(image, small.transpose(2, 0, 1))
+    assert image.std() > 1
 
 
 def test_atari_image_is_the_maximum_of_the_last_two_frames():
@@ -437,41 +390,33 @@ def test_atari_image_is_the_maximum_of_the_last_two_frames():
     assert (screens[2] != screens[3]).any()
 
 
-def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id():
-    def made(env_id, **options):
-        env = tiny.make_env(env_id, grayscale=True, action_repeat=4, **options)
-        ale = env.unwrapped.ale
-        return env.action_space.n, ale.getFloat("repeat_action_probability")
-
-    assert made("PongNoFrameskip-v4") == (6, 0.0)
-    assert made("ALE/Pong-v5") == (6, 0.25)
-    assert made("PongNoFrameskip-v4", sticky_prob=0.25) == (6, 0.25)
-    assert made("ALE/Pong-v5", sticky_prob=0.0) == (6, 0.0)
-    assert made("PongNoFrameskip-v4", full_action_space=True) == (18, 0.0)
+@pytest.mark.parametrize(("env_id", "options", "actions", "sticky"), [
+    ("PongNoFrameskip-v4", {}, 6, 0.0), ("ALE/Pong-v5", {}, 6, 0.25),
+    ("PongNoFrameskip-v4", {"sticky_prob": 0.25}, 6, 0.25),
+    ("ALE/Pong-v5", {"sticky_prob": 0.0}, 6, 0.0),
+    ("PongNoFrameskip-v4", {"full_action_space": True}, 18, 0.0),
+])  # fmt: skip
+def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id(
+    env_id, options, actions, sticky
+):
+    env = tiny.make_env(env_id, grayscale=True, action_repeat=4, **options)
+    assert env.action_space.n == actions
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == sticky
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("env_id", "grayscale"), [("PongNoFrameskip-v4", True), ("ale_py:ALE/Breakout-v5", False)]
 )
-def test_atari_games_in_processes_of_their_own_give_the_rows_of_those_in_turn(env_id, grayscale):
-    options = {"grayscale": grayscale, "action_repeat": 4, "time_limit": 100}
-    sync = tiny.make_envs(2, env_id, seed=5, **options)
-    parallel = tiny.make_envs(2, env_id, seed=5, parallel=True, **options)
+def test_atari_games_in_processes_of_their_own_give_the_rows_of_those_in_turn(
+    make_envs, env_id, grayscale
+):
+    options = {"seed": 5, "grayscale": grayscale, "action_repeat": 4, "time_limit": 100}
+    sync, parallel = (make_envs(2, env_id, parallel=where, **options) for where in (False, True))
     assert sync.shapes == parallel.shapes
     assert sync.discrete is parallel.discrete is True
-    rows, dones = play(sync, 60)
-    same, same_dones = play(parallel, 60)
+    _, dones = play_both(sync, parallel, 60)
     assert dones.sum() == 4  # after 25 steps each time
-    np.testing.assert_array_equal(dones, same_dones)
-    for key in rows:
-        np.testing.assert_array_equal(rows[key], same[key], key)
-        assert rows[key].dtype == same[key].dtype
-    np.testing.assert_array_equal(sync.returns, parallel.returns)
-    np.testing.assert_array_equal(sync.lengths, parallel.lengths)
-    np.testing.assert_array_equal(sync.episodes, parallel.episodes)
-    sync.close()
-    parallel.close()
 
 
 def test_atari_episodes_begin_with_up_to_30_no_ops():
@@ -499,21 +444,14 @@ def test_losing_a_life_ends_nothing():
 
 
 def test_a_time_limit_truncates_an_atari_game():
-    env = tiny.make_env(
-        "ALE/Pong-v5", grayscale=True, action_repeat=4, time_limit=18, sticky_prob=0.0
-    )
+    options = {"grayscale": True, "action_repeat": 4, "time_limit": 18, "sticky_prob": 0.0}
+    env = tiny.make_env("ALE/Pong-v5", **options)
     env.reset()
     ends = [env.step(np.eye(6)[0])[2:4] for _ in range(5)]
     assert ends == [(False, False)] * 4 + [(False, True)]
 
 
 # dm_control
-def test_vectors_of_dm_control_need_no_opengl(monkeypatch):
-    fake_probe(monkeypatch, [])
-    env = tiny.make_env("dmc/ball_in_cup-catch", observation="vector")
-    assert env.reset()[0]["vector"].shape == (8,)
-
-
 @pytest.mark.slow
 def test_every_task_of_the_suite_can_be_made_from_vectors(gl):
     tiny.make_env("dmc/walker-walk", observation="vector")  # chooses OpenGL first
@@ -532,31 +470,37 @@ def test_every_task_of_the_suite_can_be_made_from_vectors(gl):
 
 
 def test_dmc_is_short_for_dm_control():
-    long = tiny.make_env("dm_control/ball_in_cup-catch-v0", 3, 1, observation="vector")
-    short = tiny.make_env("dmc/ball_in_cup-catch", 3, 1, observation="vector")
+    begins = []
     for env_id in ("dm_control/ball_in_cup-catch-v0", "dmc/ball_in_cup-catch"):
         assert preset(env_id, "vector") == "dmc_vector"
         assert preset(env_id) == "dmc_pixels"
-    np.testing.assert_array_equal(long.reset()[0]["vector"], short.reset()[0]["vector"])
+        env = tiny.make_env(env_id, 3, 1, observation="vector")
+        begins.append(env.reset()[0]["vector"])
+    np.testing.assert_array_equal(*begins)
 
 
-def test_1000_frames_of_dm_control_are_500_agent_steps_with_the_rewards_summed():
-    envs = tiny.make_envs(
-        1, "dm_control/cartpole-balance-v0", observation="vector", action_repeat=2
-    )
-    raw = envs.vector.envs[0].unwrapped
-    rewards = []
-    step = raw.step
+def noted(owner, monkeypatch):
+    """The actions and results of an environment's step from here on."""
+    steps, step = [], owner.step
 
     def noting(action):
-        result = step(action)
-        rewards.append(result[1])
-        return result
+        steps.append((action, step(action)))
+        return steps[-1][1]
 
-    raw.step = noting
+    monkeypatch.setattr(owner, "step", noting)
+    return steps
+
+
+def test_1000_frames_of_dm_control_are_500_agent_steps_with_the_rewards_summed(
+    make_envs, monkeypatch
+):
+    options = {"observation": "vector", "action_repeat": 2}
+    envs = make_envs(1, "dm_control/cartpole-balance-v0", **options)
+    steps = noted(envs.vector.envs[0].unwrapped, monkeypatch)
     tiny.reset_rows(envs)
     for k in range(1, 501):
         row, episodes = tiny.step(envs, np.full((1, 1), 0.5))
+        rewards = [result[1] for _, result in steps]
         assert len(rewards) == 2 * k
         assert row["reward"][0] == pytest.approx(sum(rewards[-2:]))
         assert row["is_terminal"] == [0]
@@ -565,55 +509,28 @@ def test_1000_frames_of_dm_control_are_500_agent_steps_with_the_rewards_summed()
     assert episode["charts/episodic_length"] == 500
     assert episode["charts/episodic_return"] == pytest.approx(sum(rewards), rel=1e-5)
     assert 0 < row["reward"][0] < 2
-    envs.close()
 
 
-def test_only_a_discount_of_0_terminates_dm_control():
+def test_only_a_discount_of_0_terminates_dm_control(monkeypatch):
     env = tiny.make_env("dm_control/lqr-lqr_2_1-v0", observation="vector", action_repeat=2)
     raw = env.unwrapped._env
-    discounts = []
-    step = raw.step
-
-    def noting(action):
-        timestep = step(action)
-        discounts.append(timestep.discount)
-        return timestep
-
-    raw.step = noting
+    steps = noted(raw, monkeypatch)
     env.reset()
     assert env.step(np.zeros(1))[2:4] == (False, False)
-    assert 0 not in discounts
+    assert 0 not in [timestep.discount for _, timestep in steps]
     physics = raw.physics
     with physics.reset_context():  # at rest at the target the task is done
         physics.data.qpos[:] = 0
         physics.data.qvel[:] = 0
     assert env.step(np.zeros(1))[2:4] == (True, False)
-    assert discounts[-1] == 0
+    assert steps[-1][1].discount == 0
 
 
-def test_dm_control_actions_fill_their_bounds():
-    env = tiny.make_env("dm_control/fish-swim-v0", observation="vector")
-    raw, taken = env.unwrapped, []
-    bounds = raw.action_space
-    step = raw.step
-    raw.step = lambda action: taken.append(action) or step(action)
-    env.reset()
-    for value in (-1, 0, 1):
-        env.step(np.full(env.action_space.shape, value, np.float32))
-    for action, expected in zip(taken, (bounds.low, 0, bounds.high), strict=True):
-        np.testing.assert_allclose(action, np.broadcast_to(expected, action.shape), atol=1e-7)
-        assert bounds.contains(action)
-
-
-def test_a_misspelt_dm_control_task_names_the_nearest():
-    with pytest.raises(runtime.UserError, match="Did you mean: `walker-walk`"):
-        tiny.make_env("dm_control/walker-wlk-v0")
-
-
+# OpenGL
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
 import os
-from envs import make_env
+from helpers.envs import make_env
 def make(env_id, **options):
     return make_env(env_id, action_repeat=2, **options)
 make("dmc/ball_in_cup-catch", observation="vector").reset()
@@ -638,107 +555,105 @@ print("gl is", os.environ["MUJOCO_GL"])
 
 
 def test_vectors_of_dm_control_print_no_warning(gl):
-    code = "import envs; envs.make_env('dmc/ball_in_cup-catch', observation='vector')"
+    code = "from helpers import envs; envs.make_env('dmc/ball_in_cup-catch', observation='vector')"
     assert run_python(code) == (0, "")
 
 
-@pytest.mark.slow
-def test_pixels_of_dm_control_in_processes_of_their_own(gl):
-    code = """
-from envs import make_envs, reset_rows
-envs = make_envs(2, "dmc/ball_in_cup-catch", parallel=True)
-row = reset_rows(envs)
-print("std", *row["image"].std((1, 2, 3)))
+@pytest.mark.parametrize(("num_envs", "env_id", "parallel"), [
+    (1, "InvertedPendulum-v5", False),
+    pytest.param(2, "dmc/ball_in_cup-catch", True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_mujoco_is_drawn_without_any_setting_and_in_processes_too(gl, num_envs, env_id, parallel):
+    code = f"""
+from helpers.envs import make_envs, reset_rows
+envs = make_envs({num_envs}, "{env_id}", parallel={parallel}, observation="pixels")
+print("std", *reset_rows(envs)["image"].std((1, 2, 3)))
 envs.close()
 """
     returncode, output = run_python(code)
     assert returncode == 0, output
-    assert min(map(float, output.split("std")[1].split()[:2])) > 5
+    assert min(map(float, output.split("std")[1].split()[:num_envs])) > 5
 
 
-def test_gymnasium_mujoco_is_drawn_without_any_setting(gl):
-    code = """
-from envs import make_env
-env = make_env("InvertedPendulum-v5", observation="pixels")
-print("std", env.reset()[0]["image"].std())
-env.close()
-"""
-    returncode, output = run_python(code)
-    assert returncode == 0, output
-    assert float(output.split("std")[1].split()[0]) > 5
+@pytest.fixture
+def fake_probe(monkeypatch):
+    """Lets choose_gl find only what works -> the names that it tries; os.environ is another."""
+
+    def fake(works, **environ):
+        tried = []
+
+        def run(command, env, **options):
+            tried.append(env["MUJOCO_GL"])
+            assert env["PYOPENGL_PLATFORM"] == env["MUJOCO_GL"]
+            return subprocess.CompletedProcess(command, 0 if env["MUJOCO_GL"] in works else 1)
+
+        monkeypatch.setattr(common.subprocess, "run", run)
+        monkeypatch.setattr(common.os, "environ", {"PATH": "", **environ})
+        return tried
+
+    return fake
 
 
-def fake_probe(monkeypatch, works, **environ):
-    """Lets choose_gl find only what works -> the names it tried, and its os.environ."""
-    tried = []
-
-    def run(command, env, **options):
-        tried.append(env["MUJOCO_GL"])
-        assert env["PYOPENGL_PLATFORM"] == env["MUJOCO_GL"]
-        return subprocess.CompletedProcess(command, 0 if env["MUJOCO_GL"] in works else 1)
-
-    monkeypatch.setattr(common.subprocess, "run", run)
-    monkeypatch.setattr(common.os, "environ", {"PATH": "", **environ})
-    return tried
-
-
-def test_opengl_is_egl_or_else_osmesa(monkeypatch):
-    for works, tries in ((["egl", "osmesa"], ["egl"]), (["osmesa"], ["egl", "osmesa"])):
-        tried = fake_probe(monkeypatch, works)
+@pytest.mark.parametrize(
+    ("works", "tries"), [(["egl", "osmesa"], ["egl"]), (["osmesa"], ["egl", "osmesa"])]
+)
+def test_opengl_is_egl_or_else_osmesa_and_looked_for_once(fake_probe, works, tries):
+    tried = fake_probe(works)
+    for _ in range(3):
         tiny.make_env("CartPole-v1", observation="pixels")
         assert tried == tries
         assert common.os.environ["MUJOCO_GL"] == tries[-1]
         assert common.os.environ["PYOPENGL_PLATFORM"] == tries[-1]
 
 
-def test_opengl_is_looked_for_once(monkeypatch):
-    tried = fake_probe(monkeypatch, ["egl"])
-    for _ in range(3):
-        tiny.make_env("CartPole-v1", observation="pixels")
-    assert tried == ["egl"]
-
-
-@pytest.mark.parametrize(("env_id", "observation", "gl"), [
-    ("CartPole-v1", "pixels", "glfw"), ("CartPole-v1", "both", "osmesa"),
-    ("dmc/ball_in_cup-catch", "vector", "disable"),
+@pytest.mark.parametrize(("env_id", "observation", "environ"), [
+    ("CartPole-v1", "pixels", {"MUJOCO_GL": "glfw"}),
+    ("CartPole-v1", "both", {"MUJOCO_GL": "osmesa"}),
+    ("dmc/ball_in_cup-catch", "vector", {"MUJOCO_GL": "disable"}),
+    ("CartPole-v1", "auto", {}), ("Pendulum-v1", "auto", {}), ("PongNoFrameskip-v4", "auto", {}),
 ])  # fmt: skip
-def test_the_users_choice_of_opengl_is_respected(monkeypatch, env_id, observation, gl):
-    tried = fake_probe(monkeypatch, ["egl", "osmesa"], MUJOCO_GL=gl)
+def test_no_opengl_is_looked_for_if_the_user_chose_or_nothing_is_drawn(
+    fake_probe, env_id, observation, environ
+):
+    tried = fake_probe(["egl", "osmesa"], **environ)
     before = dict(common.os.environ)
     tiny.make_env(env_id, observation=observation).reset()
     assert common.os.environ == before
     assert tried == []
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "PongNoFrameskip-v4"])
-def test_no_opengl_is_looked_for_where_nothing_is_drawn(monkeypatch, env_id):
-    tried = fake_probe(monkeypatch, ["egl", "osmesa"])
-    tiny.make_env(env_id)
-    assert tried == []
-    assert "MUJOCO_GL" not in common.os.environ
-
-
-def test_no_opengl_is_no_error_where_none_is_needed(monkeypatch):
-    tried = fake_probe(monkeypatch, [])
+def test_no_opengl_is_no_error_where_none_is_needed(fake_probe):
+    tried = fake_probe([])
     env = tiny.make_env("CartPole-v1", observation="pixels")
     assert tried == ["egl", "osmesa"]
     assert "MUJOCO_GL" not in common.os.environ
     assert env.reset()[0]["image"].std() > 5
+    env = tiny.make_env("dmc/ball_in_cup-catch", observation="vector")
+    assert env.reset()[0]["vector"].shape == (8,)
 
 
 @pytest.mark.parametrize("observation", ["auto", "pixels", "both"])
-def test_pixels_without_any_opengl_name_the_package_to_install(monkeypatch, observation):
-    tried = fake_probe(monkeypatch, [])
+def test_pixels_without_any_opengl_name_the_package_to_install(fake_probe, observation):
+    tried = fake_probe([])
     with pytest.raises(runtime.UserError, match="apt-get install libegl1"):
         tiny.make_env("dmc/ball_in_cup-catch", observation=observation)
     assert tried == ["egl", "osmesa"]
 
 
-# Any other id
+# Observations of any other id
+
+NUMBERS = {"obs": np.zeros(2, np.float32), "space": Box(-1, 1, (2,))}  # where they don't matter
+
+
 def make_still(name, obs, space, actions=None, **options):
     tiny.register_still(name, obs, space, actions)
     env = tiny.make_env(name, **options)
     return env, env.reset()[0]
+
+
+def random_image(*shape):
+    image = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    return image, Box(0, 255, shape, np.uint8)
 
 
 def test_cartpole_is_a_vector_with_one_hot_actions():
@@ -746,12 +661,9 @@ def test_cartpole_is_a_vector_with_one_hot_actions():
     assert preset("CartPole-v1") == "other"
     assert env.observation_space == Dict({"vector": Box(-np.inf, np.inf, (4,), np.float32)})
     assert env.action_space == MultiBinary(2)
-    env.reset()
-    right, left = (np.sign(env.step(np.eye(2)[i])[0]["vector"][1]) for i in (1, 0))
-    assert right == 1
-    env.reset()
-    left = np.sign(env.step(np.eye(2)[0])[0]["vector"][1])
-    assert left == -1
+    for i, velocity in ((0, -1), (1, 1)):
+        env.reset()
+        assert np.sign(env.step(np.eye(2)[i])[0]["vector"][1]) == velocity
 
 
 @pytest.mark.parametrize("name", ["atari", "dmc_pixels", "dmc_vector", "other"])
@@ -760,20 +672,8 @@ def test_a_preset_that_is_named_goes_before_that_of_the_id(name):
         assert preset(env_id, preset=name) == name
 
 
-def test_actions_of_pendulum_are_scaled_to_2():
-    env = tiny.make_env("Pendulum-v1")
-    env.reset()
-    for action, torque in ((-1, -2), (0.25, 0.5), (1, 2)):
-        env.step(np.array([action], np.float32))
-        assert env.unwrapped.last_u == pytest.approx(torque)
-
-
 def test_a_dict_of_boxes_is_flattened_by_key():
-    space = {
-        "b": Box(-1, 1, (2, 2)),
-        "a": Box(-1, 1, (3,), np.float64),
-        "c": Box(-1, 1, ()),
-    }
+    space = {"b": Box(-1, 1, (2, 2)), "a": Box(-1, 1, (3,), np.float64), "c": Box(-1, 1, ())}
     obs = {
         "c": np.float32(0.9),
         "b": np.array([[1, 2], [3, 4]], np.float32) / 10,
@@ -789,8 +689,7 @@ def test_a_dict_of_boxes_is_flattened_by_key():
 
 
 def test_an_image_of_odd_size_is_resized_by_area():
-    image = np.random.default_rng(0).integers(256, size=(97, 131, 3), dtype=np.uint8)
-    space = Box(0, 255, image.shape, np.uint8)
+    image, space = random_image(97, 131, 3)
     _, rgb = make_still("Odd-v0", image, space)
     _, gray = make_still("Odd-v0", image, space, grayscale=True)
     assert rgb["image"].shape == (3, 64, 64)
@@ -801,38 +700,33 @@ def test_an_image_of_odd_size_is_resized_by_area():
     assert abs(gray["image"][0] - luma).max() < 1
 
 
+@pytest.mark.parametrize(("grayscale", "channels"), [(True, 1), (False, 3)])
 @pytest.mark.parametrize("shape", [(64, 64), (80, 50), (80, 50, 1), (64, 64, 1)])
-def test_an_image_of_one_channel_fits_gray_and_rgb(shape):
-    image = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    for grayscale, channels in ((True, 1), (False, 3)):
-        _, out = make_still("OneChannel-v0", image, Box(0, 255, shape, np.uint8),
-                            grayscale=grayscale)  # fmt: skip
-        assert out["image"].shape == (channels, 64, 64)
-        assert (out["image"] == out["image"][:1]).all()
-        if shape[:2] == (64, 64):
-            np.testing.assert_array_equal(out["image"][0], image.reshape(64, 64))
+def test_an_image_of_one_channel_fits_gray_and_rgb(shape, grayscale, channels):
+    image, space = random_image(*shape)
+    _, out = make_still("OneChannel-v0", image, space, grayscale=grayscale)
+    assert out["image"].shape == (channels, 64, 64)
+    assert (out["image"] == out["image"][:1]).all()
+    if shape[:2] == (64, 64):
+        np.testing.assert_array_equal(out["image"][0], image.reshape(64, 64))
 
 
-def test_an_image_and_vectors_in_a_dict_can_be_chosen():
-    image = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+@pytest.mark.parametrize(("observation", "keys"), [
+    ("auto", ["image", "vector"]), ("both", ["image", "vector"]), ("pixels", ["image"]),
+    ("vector", ["vector"]),
+])  # fmt: skip
+def test_an_image_and_vectors_in_a_dict_can_be_chosen(observation, keys):
+    image, box = random_image(64, 64, 3)
     obs = {"camera": image, "speed": np.ones(2, np.float32), "touch": np.zeros(3, np.float32)}
-    space = Dict(
-        camera=Box(0, 255, (64, 64, 3), np.uint8), speed=Box(-1, 1, (2,)), touch=Box(-1, 1, (3,))
-    )
-    for observation, keys in (
-        ("auto", ["image", "vector"]),
-        ("both", ["image", "vector"]),
-        ("pixels", ["image"]),
-        ("vector", ["vector"]),
-    ):
-        # Only what has no image of its own has to be drawn, and this one cannot be.
-        env = common.DreamerSpaces(tiny.Still(obs, space), observation, False, 1, 0)
-        out, _ = env.reset()
-        assert sorted(out) == sorted(env.observation_space) == keys
-        if "image" in keys:
-            np.testing.assert_array_equal(out["image"], image.transpose(2, 0, 1))
-        if "vector" in keys:
-            np.testing.assert_array_equal(out["vector"], [1, 1, 0, 0, 0])
+    space = Dict(camera=box, speed=Box(-1, 1, (2,)), touch=Box(-1, 1, (3,)))
+    # Only what has no image of its own has to be drawn, and this one cannot be.
+    env = common.DreamerSpaces(tiny.Still(obs, space), observation, False, 1, 0)
+    out, _ = env.reset()
+    assert sorted(out) == sorted(env.observation_space) == keys
+    if "image" in keys:
+        np.testing.assert_array_equal(out["image"], image.transpose(2, 0, 1))
+    if "vector" in keys:
+        np.testing.assert_array_equal(out["vector"], [1, 1, 0, 0, 0])
 
 
 def test_cartpole_is_drawn_for_pixels():
@@ -853,16 +747,9 @@ def test_cartpole_is_drawn_for_pixels():
     assert {k: v.shape for k, v in both.items()} == {"image": (1, 64, 64), "vector": (4,)}
 
 
-@pytest.mark.filterwarnings("ignore:.*render_mode")  # so gymnasium puts it
-def test_an_environment_that_cannot_be_drawn_is_refused():
-    tiny.register_still("Blind-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)))
-    with pytest.raises(runtime.UserError, match="Blind-v0"):
-        tiny.make_env("Blind-v0", observation="pixels")
-
-
+# Actions of any other id
 def test_discrete_actions_may_start_above_0():
-    obs, space = np.zeros(2, np.float32), Box(-1, 1, (2,))
-    env, _ = make_still("Start-v0", obs, space, Discrete(4, start=3))
+    env, _ = make_still("Start-v0", **NUMBERS, actions=Discrete(4, start=3))
     assert env.action_space == MultiBinary(4)
     for i in (0, 3, 1):
         env.step(np.eye(4)[i])
@@ -872,7 +759,7 @@ def test_discrete_actions_may_start_above_0():
 def test_bounds_that_are_infinite_leave_an_action_unscaled():
     low, high = np.array([-np.inf, -2, 0, -np.inf]), np.array([np.inf, 6, np.inf, 5])
     actions = Box(low.astype(np.float32), high.astype(np.float32))
-    env, _ = make_still("Unbounded-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), actions)
+    env, _ = make_still("Unbounded-v0", **NUMBERS, actions=actions)
     assert env.action_space == Box(-1, 1, (4,), np.float32)
     env.step(np.array([-1, -1, 0.5, 1], np.float32))
     np.testing.assert_allclose(env.unwrapped.taken[0], [-1, -2, 0.5, 1])
@@ -880,7 +767,7 @@ def test_bounds_that_are_infinite_leave_an_action_unscaled():
 
 def test_actions_of_several_dimensions_are_flat_outside():
     low = np.arange(6, dtype=np.float32).reshape(2, 3)
-    env, _ = make_still("Matrix-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), Box(low, low + 2))
+    env, _ = make_still("Matrix-v0", **NUMBERS, actions=Box(low, low + 2))
     assert env.action_space.shape == (6,)
     env.step(np.array([-1, 0, 1, -1, 0, 1], np.float32))
     (taken,) = env.unwrapped.taken
@@ -891,26 +778,14 @@ def test_actions_of_several_dimensions_are_flat_outside():
 
 def test_an_action_is_repeated_until_the_episode_ends():
     env = tiny.make_env("Counting-v0", action_repeat=4)
-    env.reset()
-    length, total, done = env.unwrapped.length, 0, False
-    while not done:
-        _, reward, terminated, truncated, _ = env.step(np.eye(3)[2])
-        total += reward
-        done = terminated or truncated
+    total = sum(episode_of(env, np.eye(3)[2]))
+    length = env.unwrapped.length
     assert len(env.unwrapped.taken) == length
     assert length % 4 != 0  # so that a repeat was broken off
     assert total == sum(range(1, length + 1)) + length * 2 / 8
 
 
-def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
-    monkeypatch.delitem(sys.modules, "envs")
-    for name in [k for k in gym.registry if k.startswith("Counting")]:
-        monkeypatch.delitem(gym.registry, name)
-    env = tiny.make_env("envs:Counting-v0")
-    assert env.reset()[0]["vector"].shape == (4,)
-
-
+# What is refused
 @pytest.mark.parametrize("space", [
     Discrete(5), MultiDiscrete([2, 3]), Tuple([Box(-1, 1, (2,)), Box(-1, 1, (3,))]), Text(3),
     Dict(a=Box(-1, 1, (2,)), b=Discrete(3)),
@@ -926,49 +801,51 @@ def test_observations_that_are_not_boxes_are_refused_in_one_line(space):
 def test_actions_that_are_neither_discrete_nor_boxes_are_refused_in_one_line(actions):
     said = rf"^only Box, Dict of Box, Discrete fit, not Box\(.*\) and {re.escape(str(actions))}$"
     with pytest.raises(runtime.UserError, match=said) as error:
-        make_still("BadAction-v0", np.zeros(2, np.float32), Box(-1, 1, (2,)), actions)
+        make_still("BadAction-v0", **NUMBERS, actions=actions)
     assert "\n" not in str(error.value)
 
 
 def test_an_observation_that_does_not_fit_is_refused():
-    image = np.zeros((64, 64, 3), np.uint8)
+    image, box = random_image(64, 64, 3)
     with pytest.raises(runtime.UserError, match="--observation vector does not fit"):
-        make_still("OnlyImage-v0", image, Box(0, 255, image.shape, np.uint8), observation="vector")
-    space = Dict({k: Box(0, 255, image.shape, np.uint8) for k in "ab"})
+        make_still("OnlyImage-v0", image, box, observation="vector")
     with pytest.raises(runtime.UserError, match="--observation auto does not fit"):
-        make_still("TwoImages-v0", {"a": image, "b": image}, space)
+        make_still("TwoImages-v0", {"a": image, "b": image}, Dict(a=box, b=box))
 
 
-@pytest.mark.parametrize(("wrong", "right"), [
-    ("CartPol-v1", "Did you mean: `CartPole`"), ("Pendulum-v9", "Pendulum.*`v1`"),
-    ("PongNoFrameskp-v4", "Did you mean: `PongNoFrameskip`"),
-    ("ALE/Pongg-v5", "namespace ALE. Did you mean: `Pong`"),
+@pytest.mark.filterwarnings("ignore:.*render_mode")  # so gymnasium puts it
+def test_an_environment_that_cannot_be_drawn_is_refused():
+    with pytest.raises(runtime.UserError, match="Blind-v0"):
+        make_still("Blind-v0", **NUMBERS, observation="pixels")
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ("CartPol-v1", "^no CartPol-v1: .*Did you mean: `CartPole`"),
+    ("Pendulum-v9", "^no Pendulum-v9: .*Pendulum.*`v1`"),
+    ("PongNoFrameskp-v4", "^no PongNoFrameskp-v4: .*Did you mean: `PongNoFrameskip`"),
+    ("ALE/Pongg-v5", "^no ALE/Pongg-v5: .*namespace ALE. Did you mean: `Pong`"),
+    ("dm_control/walker-wlk-v0", "Did you mean: `walker-walk`"),
+    ("no_such_module:Thing-v0", "no_such_module"),
 ])  # fmt: skip
-def test_an_unknown_id_names_the_nearest(wrong, right):
-    with pytest.raises(runtime.UserError, match=f"^no {wrong}: .*{right}"):
+def test_an_unknown_id_names_the_nearest(wrong, said):
+    with pytest.raises(runtime.UserError, match=said):
         tiny.make_env(wrong)
 
 
-def test_an_id_whose_module_is_missing_is_a_user_error():
-    with pytest.raises(runtime.UserError, match="no_such_module"):
-        tiny.make_env("no_such_module:Thing-v0")
+def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+    monkeypatch.delitem(sys.modules, "helpers.envs")
+    for name in [k for k in gym.registry if k.startswith("Counting")]:
+        monkeypatch.delitem(gym.registry, name)
+    env = tiny.make_env("helpers.envs:Counting-v0")
+    assert env.reset()[0]["vector"].shape == (4,)
 
 
 # Evaluation
 def returns_of(index, episodes, seed=11):
     """What the first episodes of an environment give to an agent that always takes action 1."""
     env = tiny.make_env("Counting-v0", seed, index)
-    returns = []
-    for _ in range(episodes):
-        env.reset()
-        total = 0.0
-        done = False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(np.eye(3)[1])
-            total += reward
-            done = terminated or truncated
-        returns.append(total)
-    return returns
+    return [sum(episode_of(env, np.eye(3)[1])) for _ in range(episodes)]
 
 
 def ones(row, state):
@@ -980,20 +857,19 @@ def evaluate(envs, episodes, **options):
     return common.evaluate(envs, ones, {}, episodes, **options)
 
 
-def test_evaluation_plays_whole_episodes_and_equally_many_in_each_environment():
-    envs = tiny.make_envs(3, "Counting-v0", seed=11)
+def test_evaluation_plays_whole_episodes_and_equally_many_in_each_environment(make_envs):
+    envs = make_envs(3, "Counting-v0", seed=11)
     returns, cut, frames = evaluate(envs, 8)
     expected = returns_of(0, 3) + returns_of(1, 3) + returns_of(2, 2)
     np.testing.assert_allclose(sorted(returns), sorted(expected))
     assert cut == 0
     assert frames == []
     assert len({env.unwrapped.length for env in envs.vector.envs}) > 1
-    envs.close()
 
 
 @pytest.mark.parametrize("episodes", [2, 5])
-def test_every_evaluation_plays_the_same_episodes(episodes):
-    envs = tiny.make_envs(2, "Counting-v0", seed=11)
+def test_every_evaluation_plays_the_same_episodes(make_envs, episodes):
+    envs = make_envs(2, "Counting-v0", seed=11)
     first, *_ = evaluate(envs, episodes)
     evaluate(envs, 3)
     for _ in range(4):
@@ -1003,33 +879,25 @@ def test_every_evaluation_plays_the_same_episodes(episodes):
     assert again.tolist() == first.tolist()
     expected = returns_of(0, -(-episodes // 2)) + returns_of(1, episodes // 2)
     np.testing.assert_allclose(sorted(first), sorted(expected))
-    envs.close()
 
 
-def test_evaluation_has_the_same_noise_each_time_and_leaves_that_of_training_alone():
-    envs = tiny.make_envs(2, "Counting-v0", seed=11)
-
-    def noise_of_evaluation(seed):
+def test_evaluation_has_the_same_noise_each_time_and_leaves_that_of_training_alone(make_envs):
+    envs, noise = make_envs(2, "Counting-v0", seed=11), {1: [], 2: []}
+    for seed in noise:
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        noise = []
 
-        def act(row, state):
-            noise.append(float(torch.rand(())))
+        def act(row, state, drawn=noise[seed]):
+            drawn.append(float(torch.rand(())))
             return ones(row, state)
 
         common.evaluate(envs, act, {}, 3)
         assert torch.get_rng_state().equal(before)
-        return noise
-
-    first = noise_of_evaluation(seed=1)
-    assert len(set(first)) == len(first) > 5
-    assert noise_of_evaluation(seed=2) == first
-    envs.close()
+    assert len(set(noise[1])) == len(noise[1]) > 5
+    assert noise[1] == noise[2]
 
 
-def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
-    envs = tiny.make_envs(2, "Counting-v0", seed=11)
+def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state(make_envs):
     rows, states = [], []
 
     def act(row, state):
@@ -1038,20 +906,19 @@ def test_evaluation_gives_the_agent_aligned_rows_and_its_own_state():
         return ones(row, None)[0], {"calls": len(states)}
 
     start = {"calls": 0}
-    common.evaluate(envs, act, start, 6)
+    common.evaluate(make_envs(2, "Counting-v0", seed=11), act, start, 6)
     assert states[0] is start
     assert [state["calls"] for state in states] == list(range(len(states)))
     for row in rows:
         np.testing.assert_array_equal(row["vector"][:, 0] == 0, row["is_first"] == 1)
         np.testing.assert_array_equal(row["action"][:, 1], 1 - row["is_first"])
-    envs.close()
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])
-def test_the_film_of_an_evaluation_shows_one_whole_episode_of_the_first_environment(seed):
-    envs = tiny.make_envs(2, "Counting-v0", seed=seed, render=True)
-    *_, frames = evaluate(envs, 4, film=True)
+def test_the_film_of_an_evaluation_shows_one_whole_episode_of_the_first_environment(
+    make_envs, seed
+):
+    *_, frames = evaluate(make_envs(2, "Counting-v0", seed=seed, render=True), 4, film=True)
     length = int(np.random.default_rng(seed_of_episode(seed, 0, 0)).integers(3, 10))
     assert [int(frame[0, 0, 0]) for frame in frames] == list(range(length))
     assert frames[0].shape == (32, 48, 3)
-    envs.close()

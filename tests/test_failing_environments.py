@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import make_envs, reset_rows, step
+from helpers.envs import make_envs, reset_rows, step
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,7 +157,7 @@ def test_a_process_that_was_killed_between_steps_is_named(failing):
 def test_a_process_that_ends_leaves_no_orphans(tmp_path, end):
     code = f"""
 import os
-from envs import make_envs, step
+from helpers.envs import make_envs, step
 if __name__ == "__main__":
     envs = make_envs(2, "CartPole-v1", seed=1, parallel=True)
     step(envs, envs.random_actions())

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 TINY = """--batch-size 3 --batch-length 12 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
     --imag-horizon 4 --prefill 100 --pretrain 2 --replay-size 1000 --eval-episodes 1 --threads 1
     --log-every 100 --total-frames 450 --seed 3"""
+STATISTICS = ("mean", "std", "logit")  # of the latents
 CASES = {
     "dreamerv1": "--env-id Pendulum-v1 --time-limit 30",
     "dreamerv2": "--env-id CartPole-v1",
@@ -50,54 +51,65 @@ def run(folder):
     return tools.load_run(folder)
 
 
-@pytest.fixture
-def no_noise(monkeypatch):
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
-    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self, shape=(): self.loc)
-
-
 # The numbers, found again in another way
 
 
+def windows_with_an_end(run):
+    """Windows of the replay; in the middle of the first one an episode ends."""
+    batch = tools.replayed(run, 6, 12)
+    batch["is_terminal"][:, 0] = 0
+    batch["is_first"][:, 0] = 0
+    batch["is_terminal"][7, 0] = 1
+    batch["is_first"][8, 0] = 1
+    batch["reward"] = batch["reward"] + torch.randn(12, 6)
+    return batch
+
+
 @pytest.mark.usefixtures("no_noise")
-def test_horizon_curves_equal_rollouts_one_by_one(run):
-    fresh, _ = tools.play(run, 3)
-    curves = tools.horizon_curves(run, fresh, 6, images=10**6)
-    post, _ = tools.observe(run, fresh)
-    first, reward = fresh["is_first"][:, 0] != 0, fresh["reward"][:, 0]
-    episode, vector = first.int().cumsum(0), fresh["vector"][:, 0]
-    mean, rate = reward[~first].mean(), 1 - fresh["is_terminal"][:, 0][~first].mean()
+@pytest.mark.parametrize("rows", ["fresh", "of the replay"])
+def test_horizon_curves_equal_rollouts_one_by_one(run, rows):
+    batch = tools.play(run, 3)[0] if rows == "fresh" else windows_with_an_end(run)
+    curves = tools.horizon_curves(run, batch, 7, images=10**6)
+    post, _ = tools.observe(run, batch)
+    first, reward, vector = batch["is_first"] != 0, batch["reward"], batch["vector"]
+    mean, rate = reward[~first].mean(), 1 - batch["is_terminal"][~first].mean()
     sums = {}
     with torch.no_grad():
-        for t in range(len(reward)):
-            state = {k: post[k][t] for k in ("deter", "stoch")}
-            for h in range(7):
-                if t + h >= len(reward) or episode[t + h] != episode[t]:
+        for t, b in np.ndindex(*reward.shape):
+            state = {k: post[k][t, b][None] for k in ("deter", "stoch")}
+            for h in range(8):
+                now = t + h, b
+                if t + h >= len(reward) or first[t + 1 : t + h + 1, b].any():
                     break
                 if h:
-                    state = run.rssm.img_step(state, fresh["action"][t + h])
-                if first[t + h]:
+                    state = run.rssm.img_step(state, batch["action"][now][None])
+                if first[now]:
                     continue
-                feat, now = run.rssm.feat(state), t + h
+                feat = run.rssm.feat(state)
                 errors = {
                     "reward": (run.model.reward(feat)[0] - reward[now]) ** 2,
                     "reward_trivial": (mean - reward[now]) ** 2,
                     "vector": ((run.model.decoder(feat)["vector"][0] - vector[now]) ** 2).sum(),
-                    "vector_trivial": ((vector[t] - vector[now]) ** 2).sum(),
+                    "vector_trivial": ((vector[t, b] - vector[now]) ** 2).sum(),
                 }
                 if h:
-                    there = {k: v[now] for k, v in post.items() if k not in ("deter", "stoch")}
+                    there = {k: v[now][None] for k, v in post.items() if k in STATISTICS}
                     errors["kl"] = run.rssm.kl(there, state)[0]
-                goes_on = 1 - fresh["is_terminal"][now, 0]
+                goes_on = 1 - batch["is_terminal"][now]
                 chance = (run.model.discount(feat)[0].sigmoid() / run.args.gamma).clamp(max=1)
                 errors["continuation"] = (chance - goes_on) ** 2
                 errors["continuation_trivial"] = (rate - goes_on) ** 2
                 for key, value in errors.items():
                     sums.setdefault((key, h), []).append(float(value))
-    assert len(curves["reward"]) == 7
+    assert len(curves["reward"]) == 8
     for (key, h), values in sums.items():
+        assert len(values) > 10
         assert curves[key][h] == pytest.approx(np.mean(values), rel=1e-3, abs=1e-6), (key, h)
         assert key == "kl" or curves["pairs"][h] == len(values)
+    told = tools.reward_errors(curves, 7)
+    varies = float(reward[~first].var(unbiased=False))
+    expected = {str(h): np.mean(sums["reward", h]) for h in (1, 5, 7)} | {"mean": varies}
+    assert told == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_followed_equals_the_sum_by_hand(run):
@@ -153,43 +165,6 @@ def test_what_followed_in_windows_is_that_of_each_window_alone(run):
             assert (x[:, b : b + 1] == y).all()
 
 
-def windows_with_an_end(run):
-    """Windows of the replay; in the middle of the first one an episode ends."""
-    batch = tools.replayed(run, 6, 12)
-    batch["is_terminal"][:, 0] = 0
-    batch["is_first"][:, 0] = 0
-    batch["is_terminal"][7, 0] = 1
-    batch["is_first"][8, 0] = 1
-    batch["reward"] = batch["reward"] + torch.randn(12, 6)
-    return batch
-
-
-@pytest.mark.usefixtures("no_noise")
-def test_reward_errors_in_the_replay_equal_rollouts_one_by_one(run):
-    batch = windows_with_an_end(run)
-    told = tools.reward_errors(tools.horizon_curves(run, batch, 9), 7)
-    post, _ = tools.observe(run, batch)
-    first = batch["is_first"] != 0
-    reward = batch["reward"]
-    errors = {1: [], 5: [], 7: []}
-    for b, t, steps in itertools.product(range(6), range(12), errors):
-        now = slice(t + 1, t + steps + 1)
-        if t + steps > 11 or first[now, b].any() or first[t + steps, b]:
-            continue
-        state = {k: post[k][t, b][None] for k in ("deter", "stoch")}
-        with torch.no_grad():
-            for action in batch["action"][now, b]:
-                state = run.rssm.img_step(state, action[None])
-            wrong = run.model.reward(run.rssm.feat(state)) - reward[t + steps, b]
-        errors[steps].append(float(wrong) ** 2)
-    assert told.keys() == {"1", "5", "7", "mean"}
-    for steps, values in errors.items():
-        assert len(values) > 10
-        assert told[str(steps)] == pytest.approx(np.mean(values), rel=1e-4)
-    varies = reward[~first].var(unbiased=False)
-    assert told["mean"] == pytest.approx(float(varies), rel=1e-4)
-
-
 def test_optimism_in_the_replay_is_3_where_the_critic_adds_3_times_what_followed(run, monkeypatch):
     """The critic's mistake is in the last row's value too, and is found whole all the same."""
     batch = windows_with_an_end(run)
@@ -212,7 +187,7 @@ def test_collapse_counts_the_latents_that_are_the_same_everywhere(run):
     post, _ = tools.observe(run, windows_with_an_end(run))
     before = tools.collapsed(post)
     assert 0 <= before < 1
-    for key in ("logit", "mean", "std"):
+    for key in STATISTICS:
         if key in post:
             post[key][:, :, 0] = post[key][0, 0, 0].clone()
     assert tools.collapsed(post) == pytest.approx(before + 1 / 3)

@@ -9,10 +9,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
-import probe_envs
 import pytest
 import torch
-from envs import make_envs, reset_rows, step
+from helpers import probe_envs
+from helpers.envs import make_envs, reset_rows, step
 
 import common
 import runtime

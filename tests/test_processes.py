@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from envs import make_envs
+from helpers.envs import make_envs
 from processes import start
 from torch import distributed
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from envs import env_args
+from helpers.envs import env_args
 from gymnasium.spaces import Box, Dict, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from envs import make_envs, reset_rows
+from helpers.envs import make_envs, reset_rows
 
 import common
 import runtime
@@ -26,6 +26,8 @@ SHAPES = {
 }
 DTYPES = dict.fromkeys(SHAPES, np.float32) | {"is_first": np.bool_}
 CPU = torch.device("cpu")
+# Rows that are resets, and of which environments; row 24 is too early for a whole window.
+ENDS = {0: (0, 1, 2), 25: (0,), 30: (1,), 41: (0,), 24: (2,), 52: (2,)}
 FILES = {"lock", *(f"{name}.npy" for name in (*SHAPES, "written"))}
 
 
@@ -47,12 +49,17 @@ def made(folder, *args):
     return common.Replay(folder, *args, CPU)
 
 
-def filled(folder, capacity, rows, num_envs=3, first=dict):
+def filled(folder, capacity, rows, num_envs=3, first=None):
     """A replay after so many rows; first: dict of row -> environments that it resets."""
     replay = made(folder, capacity, SHAPES, num_envs)
-    for number in range(rows):
-        replay.add(make_row(number, num_envs, first().get(number, ())))
+    add(replay, range(rows), first)
     return replay
+
+
+def add(replay, numbers, first=None, lost=0):
+    """Appends rows; lost: what is added to the numbers of rows that no checkpoint knows."""
+    for number in numbers:
+        replay.add(make_row(lost + number, replay.num_envs, (first or {}).get(number, ())))
 
 
 def windows(replay, batches, batch_size, length, **options):
@@ -70,6 +77,26 @@ def windows(replay, batches, batch_size, length, **options):
     return counts
 
 
+def starts(rows, length):
+    """The (first row, environment) of all windows in the rows, a range."""
+    return {(row, env) for row in rows[: len(rows) - length + 1] for env in range(3)}
+
+
+def check_rows(replay, rows, capacity, length=7):
+    """It has these rows, a range, and draws their windows."""
+    assert (replay.capacity, replay.start, replay.end) == (capacity, rows.start, rows.stop)
+    if len(rows) >= length:
+        assert set(windows(replay, 80, 101, length)) == starts(rows, length)
+
+
+def favored(replay, length):
+    """The windows that are drawn far more often than others, if ends are favored."""
+    counts = windows(replay, 100, 301, length, favor_ends=True)
+    assert set(counts) == starts(range(replay.start, replay.end), length)
+    usual = np.median(list(counts.values()))
+    return {start for start, n in counts.items() if n > 3 * usual}
+
+
 # Windows
 def test_a_batch_is_time_first_and_a_scalar_has_no_last_dimension(tmp_path):
     batch = filled(tmp_path, 50, 40).sample(6, 7)
@@ -83,10 +110,10 @@ def test_a_batch_is_time_first_and_a_scalar_has_no_last_dimension(tmp_path):
 
 
 def test_resets_come_back_as_they_were_added(tmp_path):
-    replay = filled(tmp_path, 40, 60, first=ends)
+    replay = filled(tmp_path, 40, 60, first=ENDS)
     batch = replay.sample(400, 7)
     number, env = batch["vector"].int().movedim(-1, 0).tolist()
-    resets = {(row, i) for row, envs in ends().items() for i in envs}
+    resets = {(row, i) for row, envs in ENDS.items() for i in envs}
     expected = [
         [pair in resets for pair in zip(*x, strict=True)] for x in zip(number, env, strict=True)
     ]
@@ -96,11 +123,7 @@ def test_resets_come_back_as_they_were_added(tmp_path):
 
 @pytest.mark.parametrize("rows", [11, 39, 40, 41, 57, 80, 133])
 def test_windows_are_all_the_contiguous_ones_and_never_cross_the_write_head(tmp_path, rows):
-    capacity, length, num_envs = 40, 7, 3
-    counts = windows(filled(tmp_path, capacity, rows), 60, 101, length)
-    oldest = max(0, rows - capacity)
-    starts = range(oldest, rows - length + 1)
-    assert set(counts) == {(row, env) for row in starts for env in range(num_envs)}
+    check_rows(filled(tmp_path, 40, rows), range(max(0, rows - 40), rows), 40)
 
 
 def test_a_window_may_be_as_long_as_the_replay(tmp_path):
@@ -110,9 +133,8 @@ def test_a_window_may_be_as_long_as_the_replay(tmp_path):
         replay.sample(4, 14)
 
 
-def test_windows_are_drawn_uniformly(tmp_path):
-    replay = filled(tmp_path, 40, 100)
-    counts = windows(replay, 100, 211, 7)
+def test_windows_are_drawn_uniformly_whether_or_not_they_end_an_episode(tmp_path):
+    counts = windows(filled(tmp_path, 40, 60, first=ENDS), 100, 211, 7)
     possible = (40 - 7 + 1) * 3
     expected = 100 * 211 / possible
     chi_square = sum((n - expected) ** 2 / expected for n in counts.values())
@@ -121,10 +143,7 @@ def test_windows_are_drawn_uniformly(tmp_path):
 
 
 def test_windows_are_independent_of_one_another_within_a_batch(tmp_path):
-    replay = filled(tmp_path, 40, 100)
-    torch.manual_seed(0)
-    batch = replay.sample(500, 7)
-    draws = batch["vector"][0].numpy()
+    draws = filled(tmp_path, 40, 100).sample(500, 7)["vector"][0].numpy()
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.15
     assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < 0.15
 
@@ -141,14 +160,9 @@ def test_the_same_seed_of_torch_draws_the_same_windows(tmp_path):
 
 
 # Episode ends
-def ends():
-    """Rows that are resets, and of which environments; row 24 is too early for a whole window."""
-    return {0: (0, 1, 2), 25: (0,), 30: (1,), 41: (0,), 24: (2,), 52: (2,)}
-
-
 def test_the_window_at_the_end_of_an_episode_is_drawn_length_plus_1_times_as_often(tmp_path):
     capacity, rows, length = 40, 60, 5  # rows 20..59 are there
-    replay = filled(tmp_path, capacity, rows, first=ends)
+    replay = filled(tmp_path, capacity, rows, first=ENDS)
     counts = windows(replay, 150, 307, length, favor_ends=True)
     last = [(25 - 5, 0), (41 - 5, 0), (30 - 5, 1), (52 - 5, 2)]  # (24 - 5, 2) is overwritten
     usual = [n for start, n in counts.items() if start not in last]
@@ -161,15 +175,10 @@ def test_the_window_at_the_end_of_an_episode_is_drawn_length_plus_1_times_as_oft
 
 
 def test_an_overwritten_reset_favors_nothing(tmp_path):
-    replay = filled(tmp_path, 16, 40, num_envs=2, first=lambda: {10: (0,), 14: (1,), 24: (0,)})
+    replay = filled(tmp_path, 16, 40, num_envs=2, first={10: (0,), 14: (1,), 24: (0,)})
     # Of rows 24..39 the first one is a reset, whose episode is gone.
     counts = windows(replay, 60, 101, 6, favor_ends=True)
     assert len(counts) == 11 * 2
-    assert max(counts.values()) < 2 * min(counts.values())
-
-
-def test_without_favored_ends_no_window_is_special(tmp_path):
-    counts = windows(filled(tmp_path, 40, 60, first=ends), 100, 211, 5)
     assert max(counts.values()) < 2 * min(counts.values())
 
 
@@ -261,11 +270,6 @@ def draw(replay, length):
     return replay.sample(9, length)["vector"]
 
 
-def starts(rows, length):
-    """The (first row, environment) of all windows in the rows, a range."""
-    return {(row, env) for row in rows[: len(rows) - length + 1] for env in range(3)}
-
-
 def in_another_process(function):
     """Runs it in a fork of this process -> the name and text of its error, or how it died."""
     reader, writer = os.pipe()
@@ -286,10 +290,10 @@ def test_a_resumed_replay_draws_what_the_undisturbed_one_would_have(tmp_path):
     state = replay.state_dict()
     undisturbed = draw(replay, 5)
     resumed = resume(tmp_path, 40, state)
-    assert (resumed.capacity, resumed.start, resumed.end) == (40, 17, 57)
     assert draw(resumed, 5).equal(undisturbed)
-    resumed.add(make_row(57))
-    assert set(windows(resumed, 60, 101, 7)) == starts(range(18, 58), 7)
+    check_rows(resumed, range(17, 57), 40)
+    add(resumed, [57])
+    check_rows(resumed, range(18, 58), 40)
 
 
 def test_a_checkpoint_carries_the_state_and_the_generator_that_draws(tmp_path):
@@ -299,61 +303,55 @@ def test_a_checkpoint_carries_the_state_and_the_generator_that_draws(tmp_path):
     undisturbed = replay.sample(9, 5)["vector"]
     resumed = common.Replay(tmp_path, 40, SHAPES, 3, CPU)
     assert runtime.load_checkpoint(tmp_path, {"replay": resumed}) == {"step": 57}
-    assert (resumed.capacity, resumed.start, resumed.end) == (40, 17, 57)
     assert resumed.sample(9, 5)["vector"].equal(undisturbed)  # torch's generator is restored
+    check_rows(resumed, range(17, 57), 40)
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     replay = filled(tmp_path, 100, 30)
     state = replay.state_dict()
-    for number in range(30, 45):
-        replay.add(make_row(1000 + number))
+    add(replay, range(30, 45), lost=1000)
     resumed = resume(tmp_path, 100, state)
-    assert {row for row, _ in windows(resumed, 40, 101, 7)} == set(range(30 - 6))
-    resumed.add(make_row(30))
-    assert {row for row, _ in windows(resumed, 40, 101, 7)} == set(range(31 - 6))
+    check_rows(resumed, range(30), 100)
+    add(resumed, [30])
+    check_rows(resumed, range(31), 100)
 
 
 def test_rows_that_were_overwritten_after_the_checkpoint_are_not_drawn(tmp_path):
     replay = filled(tmp_path, 40, 57)  # rows 17..56
     state = replay.state_dict()
-    for number in range(57, 70):  # which overwrite rows 17..29
-        replay.add(make_row(1000 + number))
+    add(replay, range(57, 70), lost=1000)  # which overwrite rows 17..29
+    # A second crash before the next checkpoint, whatever the size, brings no row back.
+    for capacity in (40, 40, 90, 90):
+        resumed = resume(tmp_path, capacity, state)
+        check_rows(resumed, range(30, 57), 40)
+        add(resumed, range(57, 60), lost=2000)
+    # Nor does one after a checkpoint of fewer rows than there were.
     resumed = resume(tmp_path, 40, state)
-    counts = windows(resumed, 60, 101, 7)
-    assert set(counts) == {(row, env) for row in range(30, 57 - 6) for env in range(3)}
-    # A second crash after fewer rows than the first: the overwritten ones are gone all the same.
-    resumed.add(make_row(57))
-    state = resumed.state_dict()
-    again = resume(tmp_path, 40, state)
-    assert {row for row, _ in windows(again, 40, 101, 7)} == set(range(30, 58 - 6))
-    for number in range(58, 150):
-        again.add(make_row(number))
-    assert {row for row, _ in windows(again, 60, 101, 7)} == set(range(110, 150 - 6))
+    add(resumed, [57])
+    again = resume(tmp_path, 40, resumed.state_dict())
+    check_rows(again, range(30, 58), 40)
+    add(again, range(58, 150))
+    check_rows(again, range(110, 150), 40)
 
 
 def test_resets_that_were_dropped_or_overwritten_favor_nothing(tmp_path):
-    replay = filled(tmp_path, 40, 57, first=lambda: {35: (1,), 22: (0,)})
+    replay = filled(tmp_path, 40, 57, first={35: (1,), 22: (0,)})
     state = replay.state_dict()
-    for number in range(57, 70):
-        replay.add(make_row(number, first=(0, 1, 2) if number == 66 else ()))
+    add(replay, range(57, 70), first={66: (0, 1, 2)}, lost=1000)
     resumed = resume(tmp_path, 40, state)
-    counts = windows(resumed, 100, 301, 5, favor_ends=True)
-    favored = {start for start, n in counts.items() if n > 3 * np.median(list(counts.values()))}
-    assert favored == {(30, 1)}
-    assert set(counts) == {(row, env) for row in range(30, 57 - 4) for env in range(3)}
+    assert favored(resumed, 5) == {(30, 1)}
+    check_rows(resumed, range(30, 57), 40)
 
 
 def test_a_replay_whose_rows_were_all_overwritten_begins_anew(tmp_path):
     replay = filled(tmp_path, 20, 30)
     state = replay.state_dict()
-    for number in range(30, 65):
-        replay.add(make_row(1000 + number))
+    add(replay, range(30, 65), lost=1000)
     resumed = resume(tmp_path, 20, state)
-    assert resumed.end - resumed.start == 0
-    for number in range(30, 40):
-        resumed.add(make_row(number))
-    assert {row for row, _ in windows(resumed, 20, 51, 7)} == set(range(30, 40 - 6))
+    check_rows(resumed, range(30, 30), 20)
+    add(resumed, range(30, 40))
+    check_rows(resumed, range(30, 40), 20)
 
 
 def test_a_state_never_knows_more_rows_than_the_disk_holds(tmp_path, monkeypatch):
@@ -364,39 +362,20 @@ def test_a_state_never_knows_more_rows_than_the_disk_holds(tmp_path, monkeypatch
     assert names == {f"{name}.npy" for name in (*SHAPES, "written")}
 
 
-def test_a_second_crash_before_the_next_checkpoint_brings_no_row_back(tmp_path):
-    replay = filled(tmp_path, 40, 57)  # rows 17..56
-    state = replay.state_dict()
-    for number in range(57, 70):  # which overwrite rows 17..29
-        replay.add(make_row(1000 + number))
-    for capacity in (40, 40, 90, 90):  # a ring that has come round keeps its size
-        again = resume(tmp_path, capacity, state)
-        assert (again.start, again.end, again.capacity) == (30, 57, 40)
-        assert set(windows(again, 40, 101, 7)) == starts(range(30, 57), 7)
-        for number in range(57, 60):
-            again.add(make_row(2000 + number))
-
-
 @pytest.mark.parametrize(("written", "oldest"), [(59, 0), (60, 0), (61, 1), (95, 35)])
 def test_a_crash_after_growth_takes_no_more_than_was_overwritten(tmp_path, written, oldest):
     state = filled(tmp_path, 40, 37).state_dict()
     grown = resume(tmp_path, 60, state)
-    for number in range(37, written):
-        grown.add(make_row(1000 + number))
+    add(grown, range(37, written), lost=1000)
     for capacity in (40, 60):
-        again = resume(tmp_path, capacity, state)
-        assert (again.start, again.end, again.capacity) == (oldest, 37, 60)
-        assert len(again) == 2 or set(windows(again, 60, 101, 3)) == starts(range(oldest, 37), 3)
+        check_rows(resume(tmp_path, capacity, state), range(oldest, 37), 60, length=3)
 
 
 def test_an_older_checkpoint_knows_rows_that_a_newer_one_has_lost(tmp_path):
     replay = filled(tmp_path, 40, 50)  # rows 10..49
     older = replay.state_dict()
-    for number in range(50, 57):
-        replay.add(make_row(number))
-    resumed = resume(tmp_path, 40, older)
-    assert (resumed.start, resumed.end) == (17, 50)
-    assert set(windows(resumed, 40, 101, 7)) == starts(range(17, 50), 7)
+    add(replay, range(50, 57))
+    check_rows(resume(tmp_path, 40, older), range(17, 50), 40)
 
 
 # Growth
@@ -404,11 +383,9 @@ def check_wrapping(replay):
     """Adds rows until the ring has come round twice; it must have the last ones all the time."""
     capacity, start = replay.capacity, replay.start
     for stop in (capacity - 1, capacity, capacity + 1, 2 * capacity - 1, 2 * capacity + 7):
-        for number in range(replay.end, stop):
-            replay.add(make_row(number))
+        add(replay, range(replay.end, stop))
         oldest = max(start, replay.end - capacity)
-        assert (replay.capacity, replay.start) == (capacity, oldest)
-        assert set(windows(replay, 80, 101, 3)) == starts(range(oldest, replay.end), 3)
+        check_rows(replay, range(oldest, replay.end), capacity, length=3)
 
 
 def check_disk(folder, capacity):
@@ -430,15 +407,12 @@ def test_a_longer_run_has_more_rows_and_keeps_those_from_before(tmp_path, rows, 
     state = replay.state_dict()
     undisturbed = draw(replay, 3)
     grown = resume(tmp_path, capacity, state)
-    assert (grown.capacity, grown.start, grown.end) == (capacity, 0, rows)
     assert draw(grown, 3).equal(undisturbed)
-    assert set(windows(grown, 60, 101, 3)) == starts(range(rows), 3)
+    check_rows(grown, range(rows), capacity, length=3)
     check_disk(tmp_path, capacity)
     check_wrapping(grown)
     again = resume(tmp_path, capacity, grown.state_dict())
-    kept = range(capacity + 7, 2 * capacity + 7)
-    assert (again.capacity, again.start, again.end) == (capacity, kept.start, kept.stop)
-    assert set(windows(again, 80, 101, 3)) == starts(kept, 3)
+    check_rows(again, range(capacity + 7, 2 * capacity + 7), capacity, length=3)
 
 
 @pytest.mark.parametrize("rows", [41, 57, 80, 133])
@@ -448,9 +422,8 @@ def test_a_ring_that_has_come_round_keeps_its_size(tmp_path, rows, capacity):
     state = replay.state_dict()
     undisturbed = draw(replay, 3)
     resumed = resume(tmp_path, capacity, state)
-    assert (resumed.capacity, resumed.start, resumed.end) == (40, rows - 40, rows)
     assert draw(resumed, 3).equal(undisturbed)
-    assert set(windows(resumed, 60, 101, 3)) == starts(range(rows - 40, rows), 3)
+    check_rows(resumed, range(rows - 40, rows), 40, length=3)
     check_disk(tmp_path, 40)
     check_wrapping(resumed)
 
@@ -458,11 +431,9 @@ def test_a_ring_that_has_come_round_keeps_its_size(tmp_path, rows, capacity):
 def test_a_ring_that_came_round_after_the_checkpoint_keeps_its_size(tmp_path):
     replay = filled(tmp_path, 40, 30)
     state = replay.state_dict()
-    for number in range(30, 41):
-        replay.add(make_row(1000 + number))
+    add(replay, range(30, 41), lost=1000)
     resumed = resume(tmp_path, 80, state)
-    assert (resumed.capacity, resumed.start, resumed.end) == (40, 1, 30)
-    assert set(windows(resumed, 40, 101, 7)) == starts(range(1, 30), 7)
+    check_rows(resumed, range(1, 30), 40)
     check_wrapping(resumed)
 
 
@@ -470,34 +441,24 @@ def test_a_replay_can_grow_again_and_again(tmp_path):
     replay = filled(tmp_path, 9, 9)
     for capacity in (10, 99, 100, 101, 4096):  # one more digit moves no row
         replay = resume(tmp_path, capacity, replay.state_dict())
-        assert set(windows(replay, 60, 101, 3)) == starts(range(replay.end), 3)
+        check_rows(replay, range(replay.end), capacity, length=3)
         check_disk(tmp_path, capacity)
-        for number in range(replay.end, min(capacity, 200)):
-            replay.add(make_row(number))
-    assert set(windows(replay, 80, 101, 3)) == starts(range(200), 3)
+        add(replay, range(replay.end, min(capacity, 200)))
+    check_rows(replay, range(200), 4096, length=3)
 
 
 def test_the_ends_of_episodes_are_favored_after_growth(tmp_path):
-    state = filled(tmp_path, 40, 40, first=lambda: {0: (0, 1, 2), 35: (1,)}).state_dict()
+    state = filled(tmp_path, 40, 40, first={0: (0, 1, 2), 35: (1,)}).state_dict()
     grown = resume(tmp_path, 60, state)
-
-    def favored():
-        counts = windows(grown, 100, 301, 5, favor_ends=True)
-        assert set(counts) == starts(range(grown.start, grown.end), 5)
-        return {start for start, n in counts.items() if n > 3 * np.median(list(counts.values()))}
-
-    assert favored() == {(30, 1)}
-    for number in range(40, 70):  # rows 10..69 are left
-        grown.add(make_row(number, first=(2,) if number == 64 else ()))
-    assert favored() == {(30, 1), (59, 2)}
+    assert favored(grown, 5) == {(30, 1)}
+    add(grown, range(40, 70), first={64: (2,)})  # rows 10..69 are left
+    assert favored(grown, 5) == {(30, 1), (59, 2)}
 
 
 @pytest.mark.parametrize("rows", [20, 57])
 def test_a_replay_never_shrinks(tmp_path, rows):
     state = filled(tmp_path, 40, rows).state_dict()
-    resumed = resume(tmp_path, 20, state)
-    assert (resumed.capacity, resumed.start) == (40, max(0, rows - 40))
-    assert set(windows(resumed, 40, 101, 7)) == starts(range(resumed.start, rows), 7)
+    check_rows(resume(tmp_path, 20, state), range(max(0, rows - 40), rows), 40)
     check_disk(tmp_path, 40)
 
 
@@ -528,40 +489,46 @@ def die_growing(folder, state, moment, survived):
     return in_another_process(grow)
 
 
+every_moment = pytest.mark.parametrize("moment", ["before", "amid", "after"])
+
+
+@every_moment
 @pytest.mark.parametrize("capacity", [40, 80, 100])
-@pytest.mark.parametrize("moment", ["before", "amid", "after"])
 def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, moment, capacity):
     replay = filled(tmp_path / "0", 40, 30)
     state = replay.state_dict()
     undisturbed = draw(replay, 7)
-    for number in range(30, 40):  # after the checkpoint
-        replay.add(make_row(1000 + number))
+    add(replay, range(30, 40), lost=1000)  # after the checkpoint
     for survived in range(CALLS + 1):
         folder = tmp_path / f"{survived + 1}"
         shutil.copytree(tmp_path / "0", folder)
         died = die_growing(folder, state, moment, survived)
         assert died == ("-9" if survived < CALLS else "")
         resumed = resume(folder, capacity, state)
-        assert resumed.capacity in ({capacity, max(80, capacity)} if died else {max(80, capacity)})
-        assert {len(data) for data in resumed.data.values()} == {resumed.capacity}
+        size = resumed.capacity
+        assert size in ({capacity, max(80, capacity)} if died else {max(80, capacity)})
+        assert {len(data) for data in resumed.data.values()} == {size}
         assert (resumed.start, resumed.end) == (0, 30)
         assert draw(resumed, 7).equal(undisturbed)
-        for number in range(30, 110):
-            resumed.add(make_row(number))
-        kept = range(110 - resumed.capacity, 110)
-        assert set(windows(resumed, 40, 101, 7)) == starts(kept, 7)
+        add(resumed, range(30, 110))
+        check_rows(resumed, range(110 - size, 110), size)
         again = resume(folder, capacity, resumed.state_dict())
-        assert set(windows(again, 40, 101, 7)) == starts(kept, 7)
+        check_rows(again, range(110 - size, 110), size)
 
 
-@pytest.mark.parametrize("moment", ["before", "amid", "after"])
+@every_moment
 def test_growth_that_is_killed_again_and_again_loses_nothing(tmp_path, moment):
     state = filled(tmp_path / "locked", 40, 40).state_dict()
     folder = shutil.copytree(tmp_path / "locked", tmp_path / "replay")
     for survived in (*range(CALLS), *reversed(range(CALLS))):
         assert die_growing(folder, state, moment, survived) == "-9"
+    check_grown(folder, state)
+
+
+def check_grown(folder, state):
+    """A replay of 40 rows in a ring of 40 can grow to 80."""
     grown = resume(folder, 80, state)
-    assert set(windows(grown, 60, 101, 7)) == starts(range(40), 7)
+    check_rows(grown, range(40), 80)
     check_disk(folder, 80)
     check_wrapping(grown)
 
@@ -584,10 +551,7 @@ def test_growth_on_a_full_disk_is_a_user_error_of_one_line_and_loses_nothing(
         with pytest.raises(runtime.UserError, match="No space left") as error:
             resume(tmp_path, 80, state)
     assert "\n" not in str(error.value)
-    grown = resume(tmp_path, 80, state)
-    assert set(windows(grown, 60, 101, 7)) == starts(range(40), 7)
-    check_disk(tmp_path, 80)
-    check_wrapping(grown)
+    check_grown(tmp_path, state)
 
 
 # What is missing or damaged
@@ -611,7 +575,7 @@ def test_a_missing_file_is_a_user_error_and_none_takes_its_place(tmp_path, name)
     if name == "written":
         assert changed == set()
     path.write_bytes(missing)  # found again
-    assert set(windows(resume(tmp_path, 80, state), 40, 101, 7)) == starts(range(30), 7)
+    check_rows(resume(tmp_path, 80, state), range(30), 80)
 
 
 def test_a_folder_that_is_missing_is_a_user_error(tmp_path):

@@ -15,7 +15,7 @@ import environments
 import gymnasium as gym
 import numpy as np
 import pytest
-from envs import make_env
+from helpers.envs import make_env
 
 import runtime
 

@@ -1,4 +1,4 @@
-"""Tiny environments that say what happened to them; `envs:Counting-v0` registers them."""
+"""Tiny environments that say what happened to them; `helpers.envs:Counting-v0` registers them."""
 
 from types import SimpleNamespace
 

@@ -2,7 +2,7 @@
 
 Importing registers Probe{Name}{,Continuous}{,Pixels}-v0 for every probe, so that a script plays it:
 
-    PYTHONPATH=tests python dreamerv2.py --env-id probe_envs:ProbeAction-v0
+    PYTHONPATH=tests python dreamerv2.py --env-id helpers.probe_envs:ProbeAction-v0
 
 An action is x in [0, 1]: 0 or 1 if discrete, (a + 1) / 2 of a in [-1, 1] if continuous.
 An observation is two numbers in [-1, 1], or in pixels the two halves of an image in gray levels.
