@@ -12,11 +12,21 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def one_process_after_another(monkeypatch):
+def one_process_after_another():
     """Puts back what a run changes for its whole process."""
-    import runtime
+    from helpers.runs import kept_process
 
-    monkeypatch.setattr(runtime, "STARTED_IN", None)
-    streams = sys.stdout, sys.stderr
-    yield
-    sys.stdout, sys.stderr = streams
+    with kept_process():
+        yield
+
+
+@pytest.fixture(scope="module", params=["dreamerv1.py", "dreamerv2.py"])
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory of one's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
