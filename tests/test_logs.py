@@ -168,10 +168,14 @@ def test_a_full_disk_at_a_log_is_one_line(tmp_path, capsys, sink):
     else:
         logger.file.close()
         logger.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
-    with pytest.raises(SystemExit) as stop, runtime.exit_on_error():
+
+    def log():
         for frames in range(100):  # TensorBoard writes in a thread of its own
             logger.log({"losses/kl": 1.0}, frames, 2)
             logger.writer.flush()
+
+    with pytest.raises(SystemExit) as stop, runtime.exit_on_error():
+        log()
     assert stop.value.code == 1
     said = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
     said = [line.strip() for line in said if "frames/s" not in line]  # without the bar

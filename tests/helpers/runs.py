@@ -54,12 +54,13 @@ def parse(script, flags):
     return runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, flags)
 
 
-def run(script, flags):
-    """Runs a script in this process and folder, as from the command line -> its exit code."""
+def run(script, flags, whole=True):
+    """Runs a script, or only reads its flags, in this process and folder -> its exit code."""
     with kept_process():
         try:
             with runtime.exit_on_error():
-                return module_of(script).main(parse(script, flags))
+                args = parse(script, flags)
+                return module_of(script).main(args) if whole else 0
         except SystemExit as stop:
             return stop.code
 
