@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -113,3 +114,21 @@ def the_error(text):
     assert "Traceback" not in text
     [line] = [line for line in text.splitlines() if "error: " in line]
     return line[line.index("error: ") :]
+
+
+@contextlib.contextmanager
+def signal_after(owner, name, when, number=signal.SIGTERM):
+    """Inside, this process gets a signal after the calls of owner.name of which `when` says so."""
+    original = getattr(owner, name)
+
+    def calling(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if when(*args):
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, calling)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,5 +1,8 @@
 """Environments as users write them, with and without mistakes."""
 
+import subprocess
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
@@ -36,3 +39,18 @@ def register(cls, name="Mine-v0", **options):
     gym.registry.pop(name, None)
     gym.register(name, entry_point=cls, **options)
     return name
+
+
+class Starting(Basic):
+    """Notes whether it, and a process that it starts, ignore Ctrl-C."""
+
+    def reset(self, **kwargs):
+        command = ["cat", "/proc/self/status"]
+        child = subprocess.run(command, capture_output=True, text=True).stdout
+        texts = [Path("/proc/self/status").read_text(), child]
+        masks = [int(text.split("SigIgn:")[1].split()[0], 16) for text in texts]
+        self.ignores = [mask >> 1 & 1 for mask in masks]  # SIGINT is number 2
+        return super().reset(**kwargs)
+
+
+register(Starting, "Starting-v0")
