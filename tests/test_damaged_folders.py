@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import (
-    ONE_SCRIPT, SCRIPTS, TINY, counters, kept_process, metrics, play, run, the_error,
+    ONE_SCRIPT, SCRIPTS, TINY, UNCLOSED, counters, kept_process, metrics, play, run, the_error,
 )  # fmt: skip
 
 TINY = f"{TINY} --imag-horizon 3 --train-every 50"
 
 
-@pytest.mark.filterwarnings(  # a process that ends closes its files by itself
-    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+@UNCLOSED
 @ONE_SCRIPT
 def test_a_full_disk_stops_a_run_in_one_line_and_leaves_the_last_checkpoint(
     script, place, monkeypatch, capsys

@@ -13,7 +13,7 @@ import pytest
 from envs import env_args, reset_rows, step
 from helpers.processes import ROOT, finish, has_logged, start, wait_until
 from helpers.runs import (
-    ONE_SCRIPT, TINY, checkpoint, counters, metrics, module_of, play, signal_after, the_run, values,
+    ONE_SCRIPT, TINY, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after, the_run, values,
 )  # fmt: skip
 from helpers.users import Endless, register
 
@@ -115,9 +115,7 @@ def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_
     assert counters(the_run(tmp_path))[1] >= 5
 
 
-@pytest.mark.filterwarnings(  # a process that ends closes its files by itself
-    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+@UNCLOSED
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, place, monkeypatch, capsys):
     module = module_of(script)
     update = module.update

@@ -21,6 +21,9 @@ SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
 ONE_SCRIPT = pytest.mark.parametrize(
     "script", [pytest.param("dreamerv1.py", marks=pytest.mark.slow), "dreamerv2.py"]
 )
+UNCLOSED = pytest.mark.filterwarnings(  # a process that ends closes its files by itself
+    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
     --pretrain 2 --prefill 200 --eval-episodes 2 --threads 1"""
 CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}  # differ from run to run
