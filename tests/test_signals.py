@@ -13,7 +13,8 @@ import pytest
 from envs import env_args, reset_rows, step
 from helpers.processes import ROOT, finish, has_logged, start, wait_until
 from helpers.runs import (
-    ONE_SCRIPT, TINY, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after, the_run, values,
+    ONE_SCRIPT, TINY, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after,
+    the_run, values,
 )  # fmt: skip
 from helpers.users import Endless, register
 
