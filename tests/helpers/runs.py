@@ -35,12 +35,14 @@ def kept_process():
     handlers = {number: signal.getsignal(number) for number in runtime.SIGNALS}
     streams = sys.stdout, sys.stderr
     hook = threading.excepthook
+    deterministic = torch.are_deterministic_algorithms_enabled()
     started_in = runtime.STARTED_IN
     runtime.STARTED_IN = None
     try:
         yield
     finally:
         runtime.STARTED_IN = started_in
+        torch.use_deterministic_algorithms(deterministic)
         threading.excepthook = hook
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
