@@ -35,12 +35,6 @@ def test_other_errors_keep_their_traceback(capsys, kind):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_does_not_fail_goes_on():
-    with runtime.exit_on_error(), runtime.explain("no luck", ValueError):
-        done = True
-    assert done
-
-
 def test_an_error_can_be_explained_in_one_line():
     with (
         pytest.raises(runtime.UserError, match=r"^no luck: ValueError: first second$"),

@@ -1,16 +1,12 @@
 """What a process does that is one of several, shown without torchrun."""
 
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from envs import make_envs
-from helpers.processes import ROOT
 from torch import distributed
 
 import common
@@ -38,29 +34,15 @@ def test_one_process_communicates_with_nobody():
     assert (runtime.RANK, runtime.WORLD) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("environ", "command"),
-    [
-        ({}, "python"),
-        ({"WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2"),
-        (
-            {"WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3"},
-            "torchrun --nnodes 3 --rdzv-endpoint HOST:PORT --nproc-per-node 2",
-        ),
-    ],
-)
-def test_the_command_to_go_on_starts_as_many_processes(environ, command):
-    base = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "GROUP_WORLD_SIZE": "1"}
-    environ = base | {"LOCAL_WORLD_SIZE": "2"} | environ if environ else {}
-    code = "import runtime; print(runtime.launcher())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environ,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert done.stdout == command + "\n"
+@pytest.mark.parametrize(("world", "nodes", "command"), [
+    (1, 1, "python"), (2, 1, "torchrun --nproc-per-node 2"),
+    (6, 3, "torchrun --nnodes 3 --rdzv-endpoint HOST:PORT --nproc-per-node 2"),
+])  # fmt: skip
+def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, world, nodes, command):
+    monkeypatch.setattr(runtime, "WORLD", world)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world // nodes))
+    assert runtime.launcher() == command
 
 
 def flags_of(folder):

@@ -19,21 +19,18 @@ def arguments(**changes):
     return asdict(dreamerv2.Args(env_id="CartPole-v1", exp_name="try")) | changes
 
 
-@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "module:a/B-v0"])
-def test_a_new_run_has_a_folder_that_says_what_it_is(place, env_id):
-    args = arguments(env_id=env_id, exp_name="mine", seed=4)
+@pytest.mark.parametrize(("env_id", "name", "shown"), [
+    ("ALE/Pong-v5", "mine", "ALE-Pong-v5__mine"), ("module:a/B-v0", "x", "module-a-B-v0__x"),
+    ("CartPole-v1", "/../../elsewhere", "CartPole-v1__-..-..-elsewhere"),
+])  # fmt: skip
+def test_a_new_run_has_a_folder_that_says_what_it_is(place, env_id, name, shown):
+    args = arguments(env_id=env_id, exp_name=name, seed=4)
     run, is_new = runtime.open_run(args, 0)
     assert is_new
     assert run.parent == place / "runs"
-    assert run.name.startswith(f"{re.sub('[/:]', '-', env_id)}__mine__4__")
-    assert run.name.split("__")[3].isdigit()
+    assert re.fullmatch(rf"{re.escape(shown)}__4__\d+", run.name)
     assert contents(run).keys() == {"args.yaml", "replay"}
     assert list(yaml.safe_load((run / "args.yaml").read_text()).items()) == list(args.items())
-
-
-def test_a_run_folder_lies_in_runs_whatever_its_name(place):
-    folder, _ = runtime.open_run(arguments(exp_name="/../../../elsewhere"), 0)
-    assert folder.resolve().parent == place / "runs"
 
 
 @pytest.mark.parametrize("folder", ["mine", "a/b c/mine", "empty", "absolute"])
@@ -99,9 +96,8 @@ def test_a_run_folder_that_cannot_be_made_is_named_in_one_line(place, capsys, fl
     said = capsys.readouterr()
     assert re.search("x{300}|runs", the_error(said.err))
     assert said.out == ""
-    assert {path: data for path, data in contents(place).items() if data is not None} == {
-        path: data for path, data in before.items() if data is not None
-    }
+    after = contents(place)
+    assert not any(after.values()) or after == before  # no file is left
 
 
 def test_a_path_is_meant_from_where_the_command_was_typed(place, monkeypatch):
