@@ -13,11 +13,13 @@ import pytest  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def one_process_after_another():
-    """Puts back what a run changes for its whole process."""
+    """Puts back what a run changes for its whole process, and ends those that were started."""
+    from helpers.processes import end_all
     from helpers.runs import kept_process
 
     with kept_process():
         yield
+    end_all()
 
 
 @pytest.fixture(scope="module", params=["dreamerv1.py", "dreamerv2.py"])

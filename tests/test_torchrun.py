@@ -21,18 +21,13 @@ FLAGS = {"dreamerv1.py": f"{TINY} --train-steps 1", "dreamerv2.py": f"{TINY} --c
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Starts a script with so many processes; ends what a test that fails leaves behind."""
-    jobs = []
+    """Starts a script with so many processes."""
 
     def run(script, count, flags, options="", root=ROOT, cwd=tmp_path):
         options = f"--nproc-per-node {count} {options}"
-        jobs.append(start(script, flags, cwd, root, torchrun=options))
-        return jobs[-1]
+        return start(script, flags, cwd, root, torchrun=options)
 
-    yield run
-    for job in jobs:
-        job.terminate()
-        job.communicate()
+    return run
 
 
 def saved_step(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
+started = []
 
 
 def start(script, flags, cwd, root=ROOT, torchrun="", **options):
@@ -20,7 +21,20 @@ def start(script, flags, cwd, root=ROOT, torchrun="", **options):
     launcher = ["-m", "torch.distributed.run", *torchrun.split()] if torchrun else []
     command = [sys.executable, *launcher, str(root / script), *flags.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environ, **pipes | options)
+    started.append(subprocess.Popen(command, cwd=cwd, env=environ, **pipes | options))
+    return started[-1]
+
+
+def end_all():
+    """Ends what a test that fails leaves behind; torchrun ends its own processes."""
+    while started:
+        process = started.pop()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def finish(process, code=0, timeout=300):
