@@ -111,14 +111,16 @@ def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(script, p
     played, random_actions = [], common.Envs.random_actions
 
     def spy_random_actions(envs):
+        action = random_actions(envs)
         if envs.num_envs == 1:  # not the reset of an evaluation
-            played.append(1)
-        return random_actions(envs)
+            played.append(action.item())
+        return action
 
     monkeypatch.setattr(common.Envs, "random_actions", spy_random_actions)
     flags = f"--env-id Pendulum-v1 {SMALL[script]} --action-repeat 2 --total-frames 190 {flags}"
     rows = metrics(play(script, f"{flags} --log-every 1"))
     assert len(played) == 1 + prefill  # the first step is the reset, which ignores it
+    assert len(set(played[1:])) == prefill  # each step has noise of its own
     learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
     assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
 
