@@ -12,17 +12,31 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def one_process_after_another(monkeypatch):
-    """Puts back what a run changes for its whole process; noise is the same in each test."""
-    import torch
+def one_process_after_another():
+    """Puts back what a run changes for its whole process, and ends those that were started.
 
-    import runtime
+    Noise is the same in each test.
+    """
+    import torch
+    from helpers.processes import end_all
+    from helpers.runs import kept_process
 
     torch.manual_seed(0)
-    monkeypatch.setattr(runtime, "STARTED_IN", None)
-    streams = sys.stdout, sys.stderr
-    yield
-    sys.stdout, sys.stderr = streams
+    with kept_process():
+        yield
+    end_all()
+
+
+@pytest.fixture(scope="module", params=["dreamerv1.py", "dreamerv2.py"])
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory of one's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import gymnasium as gym
 import pytest
 import torch
 from helpers.envs import make_envs
-from processes import start
+from helpers.processes import start
 
 import common
 import dreamerv1

@@ -20,7 +20,7 @@ import torch
 from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import agents
 from helpers.agents import SCRIPTS, SHAPES, A, B, T, V
-from processes import start
+from helpers.processes import start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common

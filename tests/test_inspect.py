@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import start
+from helpers.processes import start
 
 from runtime import UserError
 
