@@ -33,6 +33,14 @@ def script(request):
 
 
 @pytest.fixture
+def no_estimate(monkeypatch):
+    """A run does not time an update of a copy of its agent: all updates are its own."""
+    import runtime
+
+    monkeypatch.setattr(runtime, "print_estimate", lambda *inputs: None)
+
+
+@pytest.fixture
 def place(tmp_path, monkeypatch):
     """A working directory of one's own."""
     monkeypatch.chdir(tmp_path)

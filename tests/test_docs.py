@@ -563,7 +563,7 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 8": "eight GPUs",
     "srun torchrun": "Slurm",
     "benchmarks.recipes:Crafter-v0": "pip install crafter",
-    "benchmarks/kill_often.py": "minutes; tests/test_faults.py does the same",
+    "benchmarks/kill_often.py": "minutes; tests/test_resume.py does the same",
     "benchmarks/soak.py": "half an hour",
     "--reward-shift": "a changed copy, which the test of the diff runs with these flags",
     "--help": "it ends before there is a run",
@@ -696,13 +696,13 @@ def test_the_readme_shows_what_a_run_prints(runs, capsys):
     shown = PAGES[README].split("It prints")[1].split("```\n")[1].splitlines()
     assert len(shown) >= 4
     for line in shown[:-1]:  # the last one is the bar
-        assert without_numbers(line) in said
+        assert without_numbers(line).replace("minutes", "seconds") in said
     assert re.fullmatch(r" *\d+%\|.*\| \d+/30000 \[.*, \S+ frames/s, return=\d+\]", shown[-1])
 
 
 def test_the_readme_shows_what_an_evaluation_prints(runs, capsys):
     assert train(dreamerv2, ["--evaluate", str(runs / "dreamerv2")]) == 0
-    told = re.search(r"--evaluate RUN` prints\s`([^`]+)`", PAGES[README])[1]
+    told = re.search(r"the last line says `([^`]+)`", PAGES[README])[1]
     assert without_numbers(told).rstrip("s") in without_numbers(capsys.readouterr().out)
 
 

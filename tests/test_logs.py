@@ -133,7 +133,7 @@ def test_other_processes_than_the_first_log_nothing(tmp_path, monkeypatch, capsy
     logger = runtime.Logger(tmp_path, args)
     logger.log({"losses/model": 1.0}, 8, 2)
     logger.gif("eval/episode", np.zeros((2, 8, 8), np.uint8), 8)
-    logger.progress(8)
+    logger.progress(8, 0, 0)
     again = runtime.Logger(tmp_path, args)
     again.load_state_dict(logger.state_dict())
     assert again.state_dict()["frames"] == 8
@@ -194,7 +194,7 @@ def resumed_log(folder, size):
 
 def test_a_log_comes_back_from_a_checkpoint_as_it_was(tmp_path, logger):
     logger.began -= 1000  # seconds that it took
-    logger.progress(8)
+    logger.progress(8, 0, 0)
     logger.log({"losses/kl": 1.0}, 8, 2)
     runtime.save_checkpoint(tmp_path, {"logger": logger}, {})
     state = logger.state_dict()
@@ -202,7 +202,7 @@ def test_a_log_comes_back_from_a_checkpoint_as_it_was(tmp_path, logger):
     assert (state["frames"], state["bytes"]) == (8, size)
     assert 1000 <= state["seconds"] < 1060
     for frames in (12, 16):
-        logger.progress(frames)
+        logger.progress(frames, 0, 0)
         logger.log({"losses/kl": 9.0}, frames, 3)
     logger.writer.flush()
 
@@ -211,7 +211,7 @@ def test_a_log_comes_back_from_a_checkpoint_as_it_was(tmp_path, logger):
     assert again.state_dict() == state | {"seconds": pytest.approx(state["seconds"], abs=60)}
     assert (again.bar.n, again.bar.total) == (8, 40)
     for frames in (8, 12):
-        again.progress(frames)
+        again.progress(frames, 0, 0)
         assert again.bar.n == again.frames == frames
     again.log({"losses/kl": 2.0}, 12, 3)
     again.close()

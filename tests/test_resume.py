@@ -16,6 +16,8 @@ from kill_often import kill_often
 
 import common
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 TINY = f"{TINY} --imag-horizon 3 --train-every 50"
 FLAGS = {"dreamerv1.py": f"{TINY} --train-steps 4", "dreamerv2.py": f"{TINY} --slow-update 3"}
 

@@ -83,7 +83,7 @@ def test_the_same_command_begins_a_run_in_a_folder_and_goes_on_with_it(script, p
     assert contents("mine") == before  # it has its room on the disk
     assert run(script, "--evaluate mine") == 0
     out = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"return \d+\.\d \+- \d+\.\d in 2 episodes", out)
+    assert re.fullmatch(r"return \d+\.\d \+- \d+\.\d in 2 episodes, mine", out)
     assert contents("mine") == before
 
 

@@ -24,6 +24,8 @@ from torch import nn
 
 import common
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 TINY = f"{TINY} --train-every 20 --total-frames 300"
 SMALL = {"dreamerv1.py": f"{TINY} --train-steps 1", "dreamerv2.py": TINY}
 

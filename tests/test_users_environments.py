@@ -31,7 +31,7 @@ def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, mo
     capsys.readouterr()
     play("dreamerv2.py", f"--evaluate {folder}")
     out = capsys.readouterr().out
-    assert out == "return 30.0 +- 0.0 in 2 episodes, 2 of them cut short\n"
+    assert out.startswith("return 30.0 +- 0.0 in 2 episodes, 2 of them cut short, runs/")
 
 
 @pytest.mark.parametrize(("cls", "options", "flags", "warned"), [
