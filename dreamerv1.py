@@ -59,18 +59,18 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # pixels of dm_control
-    pixels: bool = False  # short for --observation pixels, rendered if need be
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # what to see of dm_control
+    pixels: bool = False  # learn from images, rendered if need be
     grayscale: bool = False  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeating an action
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance that the last action repeats
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 5000  # env frames of random play before learning
-    replay_size: Count = 2_500_000  # agent steps (the authors keep all)
-    batch_size: Count = 50  # B, sequences
-    batch_length: Count = 50  # T, agent steps
+    replay_size: Count = 2_500_000  # agent steps that are kept (the authors keep all)
+    batch_size: Count = 50  # B, sequences in a batch
+    batch_length: Count = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 200  # D, size of the GRU state
     hidden: Count = 200  # units between the inputs and outputs of the RSSM
@@ -81,10 +81,10 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     reward_layers: Count = 2  # dense layers of the reward head
     discount_layers: Count = 3  # dense layers of the discount head
     critic_layers: Count = 3  # dense layers of the critic
-    act: Literal["elu", "relu", "silu"] = "elu"  # activation
+    act: Literal["elu", "relu", "silu"] = "elu"  # activation of hidden layers
     cnn_act: Literal["elu", "relu", "silu"] = "relu"  # activation of convolutions
     norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
-    reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards, to learn from
+    reward_transform: Literal["none", "tanh"] = "tanh"  # of rewards, before learning
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 10.0  # weight of the discount loss
     kl_scale: Weight = 0.1  # beta, the weight of the KL
@@ -93,8 +93,8 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     gamma: Share = 0.99  # discount per agent step
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 10  # imagined steps
-    actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by action space
-    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # gradient of Eq. 7
+    actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # auto: by actions
+    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # of the actor, Eq. 7
     actor_entropy: Weight = 0.0  # weight of the actor's entropy (not in the paper)
     expl_noise: Weight = 0.3  # std of the noise on continuous actions
     expl_epsilon: Share = 0.4  # share of random discrete actions, at first
@@ -108,12 +108,12 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     actor_lr: Rate = 8e-5  # learning rate of the actor
     critic_lr: Rate = 8e-5  # learning rate of the critic
     adam_eps: Rate = 1e-7  # epsilon of Adam
-    clip: Rate = 100.0  # global norm of each optimizer's gradient
+    clip: Rate = 100.0  # what each optimizer's gradient norm is cut to
     # --- logging ---
     log_every: Whole = 10_000  # frames between rows of losses
     eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: Count = 1  # episodes of an evaluation
-    eval_envs: Whole = 10  # environments of its own at most; 0 plays in those of training
+    eval_envs: Whole = 10  # environments to evaluate in, at most; 0 takes those of training
     video_every: Whole = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: Whole = 500_000  # frames between checkpoints, 0 is none in between
     capture_video: bool = False  # film an episode of each evaluation

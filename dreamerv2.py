@@ -59,31 +59,31 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # pixels of dm_control
-    pixels: bool = False  # short for --observation pixels, rendered if need be
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # what to see of dm_control
+    pixels: bool = False  # learn from images, rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: of repeating an action
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance that the last action repeats
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 50_000  # agent steps of random play before learning
-    replay_size: Count = 2_000_000  # agent steps
+    replay_size: Count = 2_000_000  # agent steps that are kept
     favor_ends: bool = True  # draw the ends of episodes more often
-    batch_size: Count = 16  # B, sequences (published curves 50)
-    batch_length: Count = 50  # T, agent steps
+    batch_size: Count = 16  # B, sequences in a batch (published curves 50)
+    batch_length: Count = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 600  # D, size of the GRU state
     hidden: Count = 600  # units between the inputs and outputs of the RSSM
     stoch: Count = 32  # S, number of latent variables
-    classes: Count = 32  # K, classes of each
+    classes: Count = 32  # K, classes of each latent variable
     cnn_depth: Count = 48  # channels of the first convolution
     units: Count = 400  # units of every dense layer
     layers: Count = 4  # dense layers of every head
-    act: Literal["elu", "relu", "silu"] = "elu"  # activation
+    act: Literal["elu", "relu", "silu"] = "elu"  # activation of hidden layers
     norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
-    reward_transform: Literal["none", "tanh"] = "tanh"  # of replayed rewards, to learn from
-    reward_head: Literal["normal", "twohot"] = "normal"  # twohot: 255 bins
+    reward_transform: Literal["none", "tanh"] = "tanh"  # of rewards, before learning
+    reward_head: Literal["normal", "twohot"] = "normal"  # what predicts rewards; twohot: 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 5.0  # weight of the discount loss
     kl_scale: Weight = 0.1  # beta, the weight of the KL
@@ -94,10 +94,10 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     gamma: Share = 0.999  # discount per agent step (paper .995)
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
-    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by actions
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # gradient of Eq. 6
+    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # auto: by actions
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # of the actor, Eq. 6
     actor_grad_mix: Share = 0.1  # share of dynamics if both (the paper's 1 - rho)
-    actor_entropy: Weight = 1e-3  # eta of Eq. 6
+    actor_entropy: Weight = 1e-3  # eta of Eq. 6, the weight of the entropy
     slow_update: Count = 100  # updates between copies of the critic
     # --- optimizers ---
     train_every: Count = 16  # agent steps per update (released code; the paper says 4)
@@ -107,12 +107,12 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     critic_lr: Rate = 1e-4  # learning rate of the critic
     adam_eps: Rate = 1e-5  # epsilon of Adam
     weight_decay: Weight = 1e-6  # share taken off every weight per update
-    clip: Rate = 100.0  # global norm of each optimizer's gradient
+    clip: Rate = 100.0  # what each optimizer's gradient norm is cut to
     # --- logging ---
     log_every: Whole = 10_000  # frames between rows of losses
     eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: Count = 1  # episodes of an evaluation
-    eval_envs: Whole = 10  # environments of its own at most; 0 plays in those of training
+    eval_envs: Whole = 10  # environments to evaluate in, at most; 0 takes those of training
     video_every: Whole = 1_000_000  # frames between open-loop videos, 0 is never
     checkpoint_every: Whole = 500_000  # frames between checkpoints, 0 is none in between
     capture_video: bool = False  # film an episode of each evaluation
