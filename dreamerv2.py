@@ -94,7 +94,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     gamma: Share = 0.999  # discount per agent step (paper .995)
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
-    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # auto: by actions
+    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by the actions
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # of the actor, Eq. 6
     actor_grad_mix: Share = 0.1  # share of dynamics if both (the paper's 1 - rho)
     actor_entropy: Weight = 1e-3  # eta of Eq. 6, the weight of the entropy
