@@ -52,7 +52,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
     threads: Whole = 0  # CPU threads of torch, 0 is its own choice
-    graph: bool = True  # on a GPU, record acting and learning once and replay them
+    graph: bool = True  # on a GPU, acting and learning become CUDA graphs
     compile: bool = False  # fuse the steps of the recurrent model, after minutes of compiling
     resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
     evaluate: str = ""  # run folder whose agent to play, without learning
@@ -792,6 +792,7 @@ def main(args):
                 if film:
                     logger.gif("eval/episode", film, frames)
                 if finished:
+                    logger.bar.close()
                     runtime.print_evaluation(run, returns, cut)
             if due(args.log_every) and updates:
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
@@ -814,10 +815,10 @@ def main(args):
                 logger.log(episode, frames, updates)
 
     save()
-    if interrupt.code:
-        print(f"go on with: {runtime.resume_command(run, args.env_id)}")
     for part in (logger, eval_envs, envs):
         part.close()
+    if interrupt.code:
+        print(f"go on with: {runtime.resume_command(run, args.env_id)}")
     return interrupt.code
 
 

@@ -52,7 +52,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
     threads: Whole = 0  # CPU threads of torch, 0 is its own choice
-    graph: bool = True  # on a GPU, record acting and learning once and replay them
+    graph: bool = True  # on a GPU, acting and learning become CUDA graphs
     compile: bool = False  # fuse the steps of the recurrent model, after minutes of compiling
     resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
     evaluate: str = ""  # run folder whose agent to play, without learning
@@ -70,7 +70,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     prefill: Whole = 50_000  # agent steps of random play before learning
     replay_size: Count = 2_000_000  # agent steps that are kept
     favor_ends: bool = True  # draw the ends of episodes more often
-    batch_size: Count = 16  # B, sequences in a batch (published curves 50)
+    batch_size: Count = 16  # B, sequences in a batch (Atari's published curves: 50)
     batch_length: Count = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 600  # D, size of the GRU state
@@ -100,7 +100,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     actor_entropy: Weight = 1e-3  # eta of Eq. 6, the weight of the entropy
     slow_update: Count = 100  # updates between copies of the critic
     # --- optimizers ---
-    train_every: Count = 16  # agent steps per update (released code; the paper says 4)
+    train_every: Count = 16  # agent steps per update (Atari: the paper says 4)
     pretrain: Whole = 1  # updates before the schedule begins
     model_lr: Rate = 2e-4  # learning rate of the world model
     actor_lr: Rate = 4e-5  # learning rate of the actor
@@ -859,6 +859,7 @@ def main(args):
                 if film:
                     logger.gif("eval/episode", film, frames)
                 if finished:
+                    logger.bar.close()
                     runtime.print_evaluation(run, returns, cut)
             if due(args.log_every) and updates:
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
@@ -881,10 +882,10 @@ def main(args):
                 logger.log(episode, frames, updates)
 
     save()
-    if interrupt.code:
-        print(f"go on with: {runtime.resume_command(run, args.env_id)}")
     for part in (logger, eval_envs, envs):
         part.close()
+    if interrupt.code:
+        print(f"go on with: {runtime.resume_command(run, args.env_id)}")
     return interrupt.code
 
 

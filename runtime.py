@@ -239,10 +239,16 @@ def join_processes(device):
 def launcher():
     """What starts a script as this one was started, but for the address."""
     if WORLD == 1:
-        return "python"
+        return program(Path(sys.executable).name)
     nodes = os.environ["GROUP_WORLD_SIZE"]
     several = f"--nnodes {nodes} --rdzv-endpoint HOST:PORT " if nodes != "1" else ""
-    return f"torchrun {several}--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{program('torchrun')} {several}--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+
+
+def program(name):
+    """A program of this environment as one can type it: its name, if a shell finds it by that."""
+    path = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) == str(path) else str(shown(path))
 
 
 def explain_lost_process():
@@ -661,7 +667,8 @@ def except_for_writers(hook):
     return filtered
 
 
-BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{left}, {{rate_fmt}}{{postfix}}]"
+BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} "  # as tqdm draws it
+BAR += "[{{elapsed}}<{left}, {speed:.0f} frames/s{{postfix}}]"
 
 
 class Logger:
@@ -674,7 +681,7 @@ class Logger:
         self.run = run
         self.args = args
         self.frames = 0
-        self.learning_since = None  # time and updates when learning began or went on
+        self.since = None  # whether it learns since then, time, frames and updates
         self.kept = []  # rows of the frame at which a resumed run goes on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
@@ -685,8 +692,8 @@ class Logger:
                 )  # fmt: skip
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
         self.bar = tqdm(
-            total=args["total_frames"], unit=" frames", disable=RANK > 0,
-            mininterval=wait, maxinterval=wait, miniters=0, bar_format=BAR.format(left="?"),
+            total=args["total_frames"], disable=RANK > 0, bar_format=BAR.format(left="?", speed=0),
+            mininterval=wait, maxinterval=wait, miniters=0,
         )  # fmt: skip
         if RANK:
             return
@@ -726,17 +733,21 @@ class Logger:
             write_args(self.run, self.args)
 
     def progress(self, frames, updates, total_updates):
-        """Moves the bar; the time left is that of the updates to come, at the speed so far."""
-        if updates == 0:
-            self.bar.set_postfix_str("random play", refresh=False)
-        elif self.learning_since is None:
-            self.bar.set_postfix_str("", refresh=False)
-            self.learning_since = (time.time(), updates)
-        elif updates > self.learning_since[1]:
-            began, before = self.learning_since
-            per_update = (time.time() - began) / (updates - before)
-            left = max(0, total_updates - updates) * per_update
-            self.bar.bar_format = BAR.format(left=tqdm.format_interval(left))
+        """Moves the bar. Its speed and time left, which is that of the updates to come, are those
+        since learning began or the run went on.
+        """
+        learning = updates > 0
+        if self.since is None or self.since[0] != learning:
+            self.since = (learning, time.time(), frames, updates)
+            self.bar.set_postfix_str("" if learning else "random play", refresh=False)
+        _, began, old_frames, old_updates = self.since
+        seconds = time.time() - began
+        speed = (frames - old_frames) / max(seconds, 1e-3)
+        left = "?"
+        if updates > old_updates:
+            per_update = seconds / (updates - old_updates)
+            left = tqdm.format_interval(max(0, total_updates - updates) * per_update)
+        self.bar.bar_format = BAR.format(left=left, speed=speed)
         self.bar.update(frames - self.frames)
         self.frames = frames
 
@@ -754,7 +765,7 @@ class Logger:
             self.writer.add_scalar(tag, value, frames)
         row = {"frames": frames, "updates": updates, "seconds": round(seconds, 3)}
         self.file.write(json.dumps(row | metrics, default=float) + "\n")
-        if "charts/episodic_return" in metrics:
+        if "charts/episodic_return" in metrics and updates:
             self.bar.set_postfix({"return": metrics["charts/episodic_return"]}, refresh=False)
 
     def gif(self, tag, film, frames):

@@ -234,7 +234,9 @@ def files(paths):
         found = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
         if not found:
             hint = "; a run folder needs --against" if (path / "args.yaml").exists() else ""
-            print(f"error: {path} is no CSV file and no folder with any{hint}", file=sys.stderr)
+            print(
+                f"error: {path} is neither a CSV file nor a folder with any{hint}", file=sys.stderr
+            )
         yield from found or [None]
 
 

@@ -117,7 +117,7 @@ def find_curves(paths):
         else:
             files, runs = sorted(path.glob("*.csv")), sorted(path.glob("seed-*/run"))
         if not files and not runs:
-            raise ValueError(f"{path} is no run folder, no CSV file and no folder with any")
+            raise ValueError(f"{path} is no run folder, no CSV file, and no folder with either")
         try:
             for file in files:
                 curves += curves_of_file(file)

@@ -37,7 +37,7 @@ def smoke(script, flags=()):
     learned = max(returns) >= THRESHOLD
     verdict = "learned" if learned else "has NOT learned"
     print(f"evaluations: {', '.join(f'{x:.1f}' for x in returns)}")
-    print(f"{script} {verdict}: the best is {max(returns):.1f}, it takes {THRESHOLD}")
+    print(f"{script} {verdict}: the best is {max(returns):.1f}, the threshold {THRESHOLD}")
     return 0 if learned else 1
 
 

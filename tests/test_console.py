@@ -1,5 +1,8 @@
 """What a run says while it goes on: how long it takes, and how it ended."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -60,11 +63,11 @@ def test_the_bar_says_random_play_and_then_the_time_of_the_updates_to_come(tmp_p
         return str(logger.bar)
 
     assert "<?, " in bar(1, 100, 0)
-    assert "random play" in bar(2, 200, 0)
-    assert "random play" not in bar(10, 200, 1)
-    assert "<01:30, " in bar(18, 200, 5)  # 8 s for 4 updates, and 45 are to come
-    assert "<01:28, " in bar(20, 300, 6)
-    assert "<00:00, " in bar(110, 400, 50)
+    assert "<?, 100 frames/s, random play]" in bar(2, 200, 0)
+    assert "<?, 0 frames/s]" in bar(10, 200, 1)
+    assert "<01:30, 0 frames/s]" in bar(18, 200, 5)  # 8 s for 4 updates, and 45 are to come
+    assert "<01:28, 10 frames/s]" in bar(20, 300, 6)
+    assert "<00:00, 2 frames/s]" in bar(110, 400, 50)
     logger.close()
 
 
@@ -93,3 +96,11 @@ def test_a_run_and_its_evaluation_end_with_return_episodes_and_folder(
     assert ended.endswith(f" in 2 episodes, {folder}")
     assert run("dreamerv2.py", f"--evaluate {folder}") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" in 2 episodes, {folder}")
+
+
+def test_the_command_to_go_on_names_the_interpreter_as_a_shell_would_find_it(monkeypatch):
+    python = Path(sys.executable)
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert runtime.resume_command(Path("runs/1"), "CartPole-v1").split()[0] == python.name
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runtime.resume_command(Path("runs/1"), "CartPole-v1").split()[0] == str(python)
