@@ -170,7 +170,7 @@ class Interrupt(contextlib.AbstractContextManager):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
             with contextlib.suppress(OSError):
-                os.write(2, b"\nsaves and ends after this step; Ctrl-C ends at once\n")
+                os.write(2, b"\nsaves and ends after this step; one more Ctrl-C ends at once\n")
 
     def agreed(self):
         """Asks all processes whether any was told to end -> code, or 0; also in self.code."""
@@ -489,6 +489,7 @@ def print_estimate(update, agent, optimizers, updates):
     update: function of agent and optimizers.
     """
     if updates <= 0:
+        tqdm.write("no updates to come")
         return
     agent, optimizers = copy.deepcopy((agent, optimizers))
     with forked_rng("estimate"):
@@ -578,12 +579,13 @@ def load_checkpoint(run, parts):
             counters = read_checkpoint(path, parts)
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
-                said = f"{path} cannot be used, trying another: {error!r}"
-                print(said[:200], file=sys.stderr)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"{path} cannot be used, trying another: {reason[:300]}", file=sys.stderr)
         else:
             agree_on_checkpoint(counters, parts.get("replay"))
             return counters
-    raise UserError(f"no checkpoint can be read in {run}")
+    hint = "was it made by another script, or before a change of this one?"
+    raise UserError(f"no checkpoint can be read in {run}: {hint}")
 
 
 def read_checkpoint(path, parts):
@@ -668,7 +670,7 @@ def except_for_writers(hook):
 
 
 BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} "  # as tqdm draws it
-BAR += "[{{elapsed}}<{left}, {speed:.0f} frames/s{{postfix}}]"
+BAR += "[{{elapsed}}<{left}, {speed:.0f} frames/s, {updates} updates{{postfix}}]"
 
 
 class Logger:
@@ -692,8 +694,9 @@ class Logger:
                 )  # fmt: skip
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
         self.bar = tqdm(
-            total=args["total_frames"], disable=RANK > 0, bar_format=BAR.format(left="?", speed=0),
+            total=args["total_frames"], disable=RANK > 0,
             mininterval=wait, maxinterval=wait, miniters=0,
+            bar_format=BAR.format(left="?", speed=0, updates=0),
         )  # fmt: skip
         if RANK:
             return
@@ -747,7 +750,7 @@ class Logger:
         if updates > old_updates:
             per_update = seconds / (updates - old_updates)
             left = tqdm.format_interval(max(0, total_updates - updates) * per_update)
-        self.bar.bar_format = BAR.format(left=left, speed=speed)
+        self.bar.bar_format = BAR.format(left=left, speed=speed, updates=updates)
         self.bar.update(frames - self.frames)
         self.frames = frames
 

@@ -151,9 +151,9 @@ def check_against(new_paths, old_paths, alpha):
     Raises ValueError, a line for people, if they cannot be compared.
     """
     new, old = records.find_curves(new_paths), records.find_curves(old_paths)
+    refuse_other_settings([*old, *new])
     for side in (old, new):
         records.refuse_repeated_seeds(side)
-    refuse_other_settings([*old, *new])
     old_rows, new_rows = ([curve.rows for curve in side] for side in (old, new))
     results = compare(old_rows, new_rows, alpha, welch_margin)
 

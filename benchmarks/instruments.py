@@ -87,8 +87,8 @@ def load_run(folder, script=None, env_id=None, cuda=True):
     folder = Path(folder)
     with runtime.explain(f"{folder} is no run folder", Exception):
         name = yaml.safe_load((folder / "args.yaml").read_text())["exp_name"]
-        if script is None and not re.fullmatch(r"dreamerv[12]", str(name)):
-            raise ValueError(f"no script of ours is named {name}, give --script")
+    if script is None and not re.fullmatch(r"dreamerv[12]", str(name)):
+        raise runtime.UserError(f"{folder} is of {name}, no script of ours: give --script")
     module = load_script(script or ROOT / f"{name}.py")
     argv = ["--evaluate", str(folder)]
     if env_id:

@@ -63,11 +63,12 @@ def test_the_bar_says_random_play_and_then_the_time_of_the_updates_to_come(tmp_p
         return str(logger.bar)
 
     assert "<?, " in bar(1, 100, 0)
-    assert "<?, 100 frames/s, random play]" in bar(2, 200, 0)
-    assert "<?, 0 frames/s]" in bar(10, 200, 1)
-    assert "<01:30, 0 frames/s]" in bar(18, 200, 5)  # 8 s for 4 updates, and 45 are to come
-    assert "<01:28, 10 frames/s]" in bar(20, 300, 6)
-    assert "<00:00, 2 frames/s]" in bar(110, 400, 50)
+    assert "<?, 100 frames/s, 0 updates, random play]" in bar(2, 200, 0)
+    assert "<?, 0 frames/s, 1 updates]" in bar(10, 200, 1)
+    # It took 8 s for 4 updates, and 45 are to come.
+    assert "<01:30, 0 frames/s, 5 updates]" in bar(18, 200, 5)
+    assert "<01:28, 10 frames/s, 6 updates]" in bar(20, 300, 6)
+    assert "<00:00, 2 frames/s, 50 updates]" in bar(110, 400, 50)
     logger.close()
 
 

@@ -697,7 +697,8 @@ def test_the_readme_shows_what_a_run_prints(runs, capsys):
     assert len(shown) >= 4
     for line in shown[:-1]:  # the last one is the bar
         assert without_numbers(line).replace("minutes", "seconds") in said
-    assert re.fullmatch(r" *\d+%\|.*\| \d+/30000 \[.*, \S+ frames/s, return=\d+\]", shown[-1])
+    bar = r" *\d+%\|.*\| \d+/30000 \[.*, \d+ frames/s, \d+ updates, return=\d+\]"
+    assert re.fullmatch(bar, shown[-1])
 
 
 def test_the_readme_shows_what_an_evaluation_prints(runs, capsys):

@@ -363,7 +363,7 @@ def test_nothing_that_the_folder_holds_is_executed(folder, tmp_path):
     assert (theirs / "report.html").exists()
     text = (theirs / "args.yaml").read_text()
     (theirs / "args.yaml").write_text(re.sub("exp_name: .*", "exp_name: evil", text))
-    with pytest.raises(UserError, match="no script of ours is named evil, give --script"):
+    with pytest.raises(UserError, match="is of evil, no script of ours: give --script"):
         inspect(theirs)
 
 

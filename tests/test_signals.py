@@ -38,7 +38,8 @@ def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(number, code):
 def test_a_signal_says_at_once_what_will_happen(capfd):
     with runtime.Interrupt():
         signal.raise_signal(signal.SIGINT)
-        assert "saves and ends after this step; Ctrl-C ends at once" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert "saves and ends after this step; one more Ctrl-C ends at once" in said
 
 
 def test_a_failed_environment_ends_the_loop_with_a_line_and_code_1(capsys):
