@@ -5,8 +5,8 @@
 
 For the CI of a project that has a copied script: a loss or a gradient of the wrong sign lowers
 its losses as well, and only the return shows it. The networks are half as wide as those of the
-preset. Of 20 seeds of either script the best evaluation was BEST or more; with the actor's loss
-negated it was WORST or less. The threshold lies between.
+preset. The best evaluation is judged. Over 20 seeds it was at least 254 (dreamerv2.py) and 121
+(dreamerv1.py); with the actor's loss negated, at most 53 and 12.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = "--env-id CartPole-v1 --total-frames 6000 --prefill 500 --train-every 4 --threads 1"
 FLAGS += " --batch-size 16 --batch-length 10 --deter 64 --hidden 64 --units 64 --layers 1"
 FLAGS += " --eval-every 500 --eval-episodes 10 --video-every 0 --log-every 1000"
-THRESHOLD = 100  # return of the best evaluation; random play has about 22, the most is 500
+THRESHOLD = 80  # of the best evaluation; random play has about 22, the most is 500
 
 
 def smoke(script, flags=()):
