@@ -59,12 +59,12 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- environment ---
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # what to see of dm_control
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
     pixels: bool = False  # learn from images, rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance that the last action repeats
+    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance of the last action again
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 50_000  # agent steps of random play before learning

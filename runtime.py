@@ -246,7 +246,7 @@ def launcher():
 
 
 def program(name):
-    """A program of this environment as one can type it: its name, if a shell finds it by that."""
+    """How to type a program of this environment: its name if a shell finds it, else its path."""
     path = Path(sys.executable).with_name(name)
     return name if shutil.which(name) == str(path) else str(shown(path))
 
@@ -683,7 +683,8 @@ class Logger:
         self.run = run
         self.args = args
         self.frames = 0
-        self.since = None  # whether it learns since then, time, frames and updates
+        self.learning = None  # whether random play is over
+        self.since = None  # time, frames and updates when that began, or the run went on
         self.kept = []  # rows of the frame at which a resumed run goes on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
@@ -736,14 +737,14 @@ class Logger:
             write_args(self.run, self.args)
 
     def progress(self, frames, updates, total_updates):
-        """Moves the bar. Its speed and time left, which is that of the updates to come, are those
-        since learning began or the run went on.
+        """Moves the bar. Its speed is that since learning began, or the run went on; the time
+        left is what the updates to come take at the pace since then.
         """
-        learning = updates > 0
-        if self.since is None or self.since[0] != learning:
-            self.since = (learning, time.time(), frames, updates)
-            self.bar.set_postfix_str("" if learning else "random play", refresh=False)
-        _, began, old_frames, old_updates = self.since
+        if self.learning != (updates > 0):
+            self.learning = updates > 0
+            self.since = (time.time(), frames, updates)
+            self.bar.set_postfix_str("" if self.learning else "random play", refresh=False)
+        began, old_frames, old_updates = self.since
         seconds = time.time() - began
         speed = (frames - old_frames) / max(seconds, 1e-3)
         left = "?"
