@@ -201,7 +201,7 @@ def setup(seed, cuda, deterministic, threads):
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    choose_products()
     torch.distributions.Distribution.set_default_validate_args(False)  # checks wait for the GPU
     device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
     if WORLD > 1:
@@ -214,6 +214,22 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
     libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+
+
+def choose_products():
+    """How float32 matrices are multiplied: in TF32 on GPUs that have it, in float32 on CPUs.
+
+    On AMD processors oneDNN does it in half of MKL's time. torch takes oneDNN only where it may
+    round to bfloat16, which it does on other processors alone; that it does not is tried here.
+    """
+    torch.set_float32_matmul_precision("high")
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists() and "AuthenticAMD" in cpu.read_text():
+        x = torch.linspace(-1, 1, 64 * 64).view(64, 64).sin()
+        exact = x.double() @ x.double()
+        torch.set_float32_matmul_precision("medium")  # a GPU does as before
+        if not torch.allclose((x @ x).double(), exact, rtol=1e-5, atol=1e-5):
+            torch.set_float32_matmul_precision("high")
 
 
 def join_processes(device):

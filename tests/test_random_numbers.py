@@ -53,6 +53,15 @@ def test_after_setup_distributions_take_their_parameters_unchecked():
     assert td.Normal(torch.zeros(1), -torch.ones(1)).scale == -1
 
 
+def test_after_setup_products_of_float32_are_as_exact_as_before():
+    torch.manual_seed(0)
+    x = torch.randn(256, 256)
+    before = (x @ x).double()
+    exact = x.double() @ x.double()
+    setup(7)
+    assert ((x @ x).double() - exact).abs().max() < 3 * (before - exact).abs().max()
+
+
 def draws_in_a_fork(*key):
     with runtime.forked_rng(*key):
         return torch.rand(4).tolist()
