@@ -679,11 +679,12 @@ def replay_capacity(args):
 
 def main(args):
     """Trains an agent, or with --evaluate plays a trained one -> exit code."""
-    config = asdict(args)  # as given: what "auto" stands for may differ on the next machine
     device = runtime.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
     envs, eval_envs = common.make_envs(args)
     shapes = eval_envs.shapes
+    precision = args.precision
     resolve_auto(args, device, eval_envs.discrete)
+    config = asdict(args) | {"precision": precision}  # on the next machine it may be another one
     agent = make_agent(shapes, args).to(device)
     optimizers = make_optimizers(agent, args)
     rssm = agent["world_model"].rssm
@@ -708,7 +709,7 @@ def main(args):
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
     capacity = replay_capacity(args)
     replay_bytes = capacity * args.num_envs * common.row_bytes(shapes)
-    run, is_new = runtime.open_run(config, replay_bytes)
+    run, is_new = runtime.open_run(config, shapes, replay_bytes)
     runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)

@@ -420,6 +420,13 @@ def read_args(cls, run):
     return args
 
 
+def read_shapes(run):
+    """What a row of a run holds: a dict of name -> shape."""
+    with explain(f"{run} is no run folder", Exception):
+        shapes = yaml.safe_load((Path(run) / "shapes.yaml").read_text())
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+
 # Run folders
 
 
@@ -432,10 +439,11 @@ def is_free(run):
         return False
 
 
-def open_run(args, replay_bytes):
+def open_run(args, shapes, replay_bytes):
     """Finds the folder of --resume, or makes that of a new run -> run, whether it is new.
 
-    args: a dict; replay_bytes: room that this process needs on the disk, or UserError.
+    args: a dict; shapes: of what a row holds, a dict; replay_bytes: room that this process needs
+    on the disk, or UserError.
     """
     if any(other != args for other in all_gather(args)):
         raise UserError("the processes have to be started with the same flags")
@@ -452,6 +460,7 @@ def open_run(args, replay_bytes):
         if RANK == 0:
             for rank in range(WORLD):
                 (rank_folder(run, rank) / "replay").mkdir(parents=True)
+            (run / "shapes.yaml").write_text(yaml.safe_dump(shapes, sort_keys=False))
             write_args(run, args)
     wait_for_all()
     if not is_new and not any((run / name).exists() for name in CHECKPOINTS):
@@ -620,6 +629,18 @@ def read_checkpoint(path, parts):
     for generator, saved in zip(generators(), state["generators"], strict=False):
         generator.set_state(saved)  # a run may have moved to a machine with or without a GPU
     return state["counters"]
+
+
+def load_agent(script, run):
+    """The trained agent of a run folder -> agent, on the CPU, and its args.
+
+    script: the module that made the run, as `import dreamerv2` gives it.
+    """
+    args = script.Args(**read_args(script.Args, run))
+    with kept_rng():  # a checkpoint has states of torch's generators too
+        agent = script.make_agent(read_shapes(run), args)
+        load_checkpoint(run, {"agent": agent})
+    return agent, args
 
 
 def agree_on_checkpoint(counters, replay):

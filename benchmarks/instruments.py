@@ -96,10 +96,7 @@ def load_run(folder, script=None, env_id=None, cuda=True):
     args = runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, argv)
     args.compile = False  # each of the many shapes here would be compiled anew
     device = runtime.setup(args.seed, cuda and args.cuda, False, args.threads)
-    envs = common.Envs(args, 1)
-    module.resolve_auto(args, device, envs.discrete)
-    agent = module.make_agent(envs.shapes, args).to(device)
-    envs.close()
+    agent = module.make_agent(runtime.read_shapes(folder), args).to(device)
     replay = Stored()
     counters = runtime.load_checkpoint(folder, {"agent": agent, "replay": replay})
     return Run(folder, module, args, agent, replay, counters, device)

@@ -53,7 +53,7 @@ def flags_of(folder):
 def test_a_run_folder_has_a_part_for_each_process(rank, tmp_path, monkeypatch):
     args = flags_of(tmp_path / "run")
     as_process(monkeypatch, 0, 3)
-    run, is_new = runtime.open_run(args, 0)
+    run, is_new = runtime.open_run(args, {}, 0)
     assert run == tmp_path / "run"
     assert is_new
     own = runtime.rank_folder(run, rank)
@@ -61,28 +61,28 @@ def test_a_run_folder_has_a_part_for_each_process(rank, tmp_path, monkeypatch):
     assert list(own.glob("replay")) == [own / "replay"]
     (run / "checkpoint.pt").touch()
     as_process(monkeypatch, rank, 3)
-    assert runtime.open_run(args, 0) == (run, False)
+    assert runtime.open_run(args, {}, 0) == (run, False)
     for world in (1, 4):
         as_process(monkeypatch, 0, world)
         text = f"{run} has replays for --nproc-per-node 3 in all, not for {world}"
         with pytest.raises(runtime.UserError, match=re.escape(text)):
-            runtime.open_run(args, 0)
+            runtime.open_run(args, {}, 0)
     alone = flags_of(tmp_path / "alone")
     as_process(monkeypatch, 0, 1)
-    runtime.open_run(alone, 0)
+    runtime.open_run(alone, {}, 0)
     (tmp_path / "alone" / "checkpoint.pt").touch()
     as_process(monkeypatch, 1, 2)
     with pytest.raises(
         runtime.UserError, match="has replays for --nproc-per-node 1 in all, not for 2"
     ):
-        runtime.open_run(alone, 0)
+        runtime.open_run(alone, {}, 0)
 
 
 def test_processes_with_different_flags_are_refused(tmp_path, monkeypatch):
     args = flags_of(tmp_path / "run")
     as_process(monkeypatch, 0, 2, others=[None, args | {"seed": 2}])
     with pytest.raises(runtime.UserError, match="have to be started with the same flags"):
-        runtime.open_run(args, 0)
+        runtime.open_run(args, {}, 0)
     assert not list(tmp_path.iterdir())
 
 

@@ -25,11 +25,11 @@ def arguments(**changes):
 ])  # fmt: skip
 def test_a_new_run_has_a_folder_that_says_what_it_is(place, env_id, name, shown):
     args = arguments(env_id=env_id, exp_name=name, seed=4)
-    run, is_new = runtime.open_run(args, 0)
+    run, is_new = runtime.open_run(args, {}, 0)
     assert is_new
     assert run.parent == place / "runs"
     assert re.fullmatch(rf"{re.escape(shown)}__4__\d+", run.name)
-    assert contents(run).keys() == {"args.yaml", "replay"}
+    assert contents(run).keys() == {"args.yaml", "shapes.yaml", "replay"}
     assert list(yaml.safe_load((run / "args.yaml").read_text()).items()) == list(args.items())
 
 
@@ -46,10 +46,10 @@ def test_a_run_begins_in_a_folder_that_is_missing_or_empty(place, capsys, folder
     assert capsys.readouterr() == ("", "")
     assert contents(place) == before
 
-    run, is_new = runtime.open_run(asdict(args), 0)
+    run, is_new = runtime.open_run(asdict(args), {}, 0)
     assert (run, is_new) == (place / folder, True)
     assert capsys.readouterr().out == f"a new run begins in {run.relative_to(place)}\n"
-    assert contents(run).keys() == {"args.yaml", "replay"}
+    assert contents(run).keys() == {"args.yaml", "shapes.yaml", "replay"}
     assert yaml.safe_load((run / "args.yaml").read_text()) == expected
     assert not Path("runs").exists()
 
@@ -79,7 +79,7 @@ def test_the_same_command_begins_a_run_in_a_folder_and_goes_on_with_it(script, p
     args = vars(parse(script, f"{SHORT} --resume mine")) | {"resume": ""}
     assert yaml.safe_load(Path("mine/args.yaml").read_text()) == args
     before = contents("mine")
-    assert runtime.open_run(args | {"resume": "mine"}, 2**60) == (place / "mine", False)
+    assert runtime.open_run(args | {"resume": "mine"}, {}, 2**60) == (place / "mine", False)
     assert contents("mine") == before  # it has its room on the disk
     assert run(script, "--evaluate mine") == 0
     out = capsys.readouterr().out.splitlines()[-1]
@@ -130,9 +130,9 @@ def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(
     monkeypatch.setattr(runtime, "WORLD", processes)
     monkeypatch.setattr(runtime, "all_gather", lambda value: [value] * processes)
     with pytest.raises(runtime.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
-        runtime.open_run(arguments(resume=resume), 4 * 2**30 / processes)
+        runtime.open_run(arguments(resume=resume), {}, 4 * 2**30 / processes)
     assert not list(place.iterdir())
-    folder, _ = runtime.open_run(arguments(resume=resume), 2.9 * 2**30 / processes)
+    folder, _ = runtime.open_run(arguments(resume=resume), {}, 2.9 * 2**30 / processes)
     assert folder == (place / resume if resume else the_run(place))
 
 
@@ -144,5 +144,5 @@ def test_the_room_is_measured_on_the_disk_of_the_run(place, monkeypatch):
     )
     (place / "elsewhere").mkdir()
     (place / "runs").symlink_to(place / "elsewhere")
-    runtime.open_run(arguments(), 0)
+    runtime.open_run(arguments(), {}, 0)
     assert asked == [place / "runs"]

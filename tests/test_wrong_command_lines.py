@@ -163,9 +163,9 @@ def place(tmp_path_factory):
         sys.modules.pop(name, None)
 
 
-def open_no_new_run(args, replay_bytes, open_run=runtime.open_run):
+def open_no_new_run(args, shapes, replay_bytes, open_run=runtime.open_run):
     """Opens a run that exists; one that must not begin is put away, unseen by other tests."""
-    folder, is_new = open_run(args, replay_bytes)
+    folder, is_new = open_run(args, shapes, replay_bytes)
     if is_new:
         shutil.rmtree(folder)
         shutil.rmtree("runs", ignore_errors=True)
