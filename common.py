@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import math
 import os
 import signal
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, unflatten
 
 from runtime import (
-    RANK, WORLD, UserError, all_gather, explain, forked_rng, kept_rng, place_of,
+    RANK, WORLD, UserError, all_gather, explain, forked_rng, kept_rng, place_of, rank_folder,
+    read_shapes,
 )  # fmt: skip
 
 gym.register_envs(ale_py)  # its games, under ALE/ and the older names
@@ -53,7 +55,7 @@ def make_env(args, index, render=False):
     """The environment of an index, with seeds of its own; UserError if it cannot be made.
 
     args has env_id, seed, observation, pixels, grayscale, action_repeat, time_limit (in frames,
-    0 leaves that of the environment), sticky_prob and full_action_space.
+    0 leaves that of the environment), sticky_prob, full_action_space and env_kwargs.
     """
     dm_control = is_dm_control(args.env_id)
     atari = is_atari(args.env_id)
@@ -75,16 +77,17 @@ def make_env(args, index, render=False):
         options["max_episode_steps"] = -1
         if args.sticky_prob is not None:
             options["repeat_action_probability"] = args.sticky_prob
+    keywords = read_keywords(args.env_kwargs, taken=options)
 
     if "MUJOCO_GL" not in os.environ and (dm_control or (renders and not atari)):
         choose_gl(needed=dm_control and renders)
     with explain(f"no {env_id}", Exception, SystemExit):
         if dm_control:
-            env = gym.make(f"shimmy:{env_id}", disable_env_checker=True, **options)
-        elif renders and not render and gives_images(env_id):
-            env = gym.make(env_id, disable_env_checker=True)
+            env = gym.make(f"shimmy:{env_id}", disable_env_checker=True, **options, **keywords)
+        elif renders and not render and gives_images(env_id, keywords):
+            env = gym.make(env_id, disable_env_checker=True, **keywords)
         else:
-            env = gym.make(env_id, disable_env_checker=True, **options)
+            env = gym.make(env_id, disable_env_checker=True, **options, **keywords)
             if renders and "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("it cannot be drawn")
     if atari:
@@ -98,9 +101,22 @@ def make_env(args, index, render=False):
     return DreamerSpaces(env, observation, args.grayscale, args.seed, index, limit)
 
 
-def gives_images(env_id):
+def read_keywords(text, taken):
+    """The keywords of --env-kwargs, JSON, of which none may be among those taken."""
+    try:
+        keywords = json.loads(text)
+        assert isinstance(keywords, dict)
+    except (ValueError, AssertionError):
+        raise UserError(f'--env-kwargs {text} is no JSON object such as {{"g": 5}}') from None
+    both = [name for name in keywords if name in taken]
+    if both:
+        raise UserError(f"--env-kwargs cannot set {both[0]}, it is {taken[both[0]]}")
+    return keywords
+
+
+def gives_images(env_id, keywords):
     """Whether an environment observes images without being drawn."""
-    env = gym.make(env_id, disable_env_checker=True)
+    env = gym.make(env_id, disable_env_checker=True, **keywords)
     space = env.observation_space
     boxes = space.spaces.values() if isinstance(space, Dict) else [space]
     env.close()
@@ -679,3 +695,11 @@ class Replay:
         age = (slot - self.start) % self.capacity  # rows since the oldest
         whole = (age >= length) & (age < len(self))
         return ((age - length) * self.num_envs + env)[whole]
+
+
+def read_replay(run, rank=0):
+    """The rows that a run wrote, the oldest first -> dict of (rows, N, ...) arrays."""
+    folder = rank_folder(run, rank) / "replay"
+    written, capacity = np.load(folder / "written.npy")[0]
+    order = np.arange(max(0, written - capacity), written) % capacity
+    return {k: np.load(folder / f"{k}.npy", mmap_mode="r")[order] for k in read_shapes(run)}

@@ -57,6 +57,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
+    env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
@@ -698,9 +699,11 @@ def main(args):
         args.eval_episodes, film=args.capture_video,
     )  # fmt: skip
     if args.evaluate:
+        runtime.check_shapes(args.evaluate, shapes, args.env_id)
         runtime.load_checkpoint(args.evaluate, {"agent": agent})
         returns, cut, film = evaluate()
         runtime.print_evaluation(args.evaluate, returns, cut, film)
+        runtime.print_variation(args, returns)
         return 0
 
     # Begin a run, or go on with that of --resume.

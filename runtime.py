@@ -60,6 +60,9 @@ CHANGEABLE = {
     "video_every", "checkpoint_every", "capture_video", "track", "cuda", "threads", "graph",
     "compile",
 }  # fmt: skip
+# Flags that may change when a run is evaluated: other episodes, another environment.
+VARIATION = ("env_id", "env_kwargs", "time_limit", "sticky_prob")
+VARIABLE = {"seed", "eval_envs", *VARIATION}
 
 
 # Errors that take one line
@@ -378,7 +381,9 @@ def parse_args(cls, presets, choose_preset, argv=None):
     exists = run and not (given.resume and is_free(run))
     if exists:
         default = read_args(cls, run)
-        if ":" in default["env_id"] and given.env_id != default["env_id"]:
+        # An agent can be evaluated on another id, whose module the command line names.
+        other = given.evaluate and given.env_id != cls.env_id
+        if ":" in default["env_id"] and given.env_id != default["env_id"] and not other:
             raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
     else:
         default = {"env_id": given.env_id, **presets[choose_preset(given)]}
@@ -386,7 +391,7 @@ def parse_args(cls, presets, choose_preset, argv=None):
     args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
     check_bounds(args)
     if exists:
-        changeable = CHANGEABLE | ({"seed", "eval_envs"} if given.evaluate else set())
+        changeable = CHANGEABLE | (VARIABLE if given.evaluate else set())
         for name, value in vars(args).items():
             if value != default[name] and name not in changeable:
                 raise UserError(f"{flag_name(name)} cannot change in a run that exists")
@@ -425,6 +430,15 @@ def read_shapes(run):
     with explain(f"{run} is no run folder", Exception):
         shapes = yaml.safe_load((Path(run) / "shapes.yaml").read_text())
         return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def check_shapes(run, shapes, env_id):
+    """UserError if an environment's rows are not as those that the agent of a run has seen."""
+    learned = read_shapes(from_start(run))
+    for name in [*learned, *shapes]:
+        if learned.get(name) != shapes.get(name):
+            had, has = (f"{name} {x.get(name, 'none')}" for x in (learned, shapes))
+            raise UserError(f"{run} learned from {had}, {env_id} has {has}")
 
 
 # Run folders
@@ -551,6 +565,35 @@ def print_evaluation(run, returns, cut, film=None):
     tqdm.write(f"{result} in {len(returns)} episodes{said}, {shown(from_start(run))}")
     if film:
         save_gif(from_start(run) / "videos" / "evaluate.gif", film)
+
+
+def print_variation(args, returns):
+    """If the environment of an evaluation is not that of the training, prints both returns.
+
+    The training's is that of its last evaluation, in metrics.jsonl.
+    """
+    run = from_start(args.evaluate)
+    trained = yaml.safe_load((run / "args.yaml").read_text())
+    changed = [name for name in VARIATION if getattr(args, name) != trained[name]]
+    evaluated = evaluations(run)
+    if not changed or not evaluated or RANK:
+        return
+    flags = [" ".join(f"{flag_name(k)} {x[k]}" for k in changed) for x in (trained, vars(args))]
+    means = [evaluated[-1]["eval/episodic_return"], returns.mean()]
+    counts = [trained["eval_episodes"], len(returns)]
+    width = max(map(len, flags))
+    tqdm.write(f"{'':{width + 10}}    return  episodes")
+    for said, name, mean, count in zip(("learned", "played"), flags, means, counts, strict=True):
+        tqdm.write(f"{said:10}{name:{width}}{mean:10.3f}{count:10}")
+
+
+def evaluations(run):
+    """The rows of metrics.jsonl that have a return of evaluated episodes."""
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last one may be half written
+            rows.append(json.loads(line))
+    return [row for row in rows if "eval/episodic_return" in row]
 
 
 def resume_command(run, env_id):

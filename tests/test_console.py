@@ -1,5 +1,6 @@
 """What a run says while it goes on: how long it takes, and how it ended."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from helpers.runs import TINY, checkpoint, metrics, play, run, without_clock
 
 import runtime
 
+ELSEWHERE = """import gymnasium as gym
+gym.register("Short-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=5)
+"""
 CARTPOLE = f"--env-id CartPole-v1 {TINY} --total-frames 300 --eval-every 100 --log-every 50"
 
 
@@ -97,6 +101,50 @@ def test_a_run_and_its_evaluation_end_with_return_episodes_and_folder(
     assert ended.endswith(f" in 2 episodes, {folder}")
     assert run("dreamerv2.py", f"--evaluate {folder}") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" in 2 episodes, {folder}")
+
+
+@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+def test_an_evaluation_elsewhere_stands_beside_that_of_the_training(
+    script, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = play(script, CARTPOLE)
+    returns = [r["eval/episodic_return"] for r in metrics(folder) if "eval/episodic_return" in r]
+    capsys.readouterr()
+    for flags in (
+        ["--env-id", "elsewhere:Short-v0"],
+        ["--env-kwargs", '{"sutton_barto_reward": true}'],
+    ):
+        evaluate = ["--evaluate", str(folder), "--eval-episodes", "3", *flags]
+        assert run(script, evaluate) == 0
+        line, head, first, second = capsys.readouterr().out.splitlines()
+        assert line.endswith(f" in 3 episodes, {folder}")
+        assert head.split() == ["return", "episodes"]
+        was = {"--env-id": "CartPole-v1", "--env-kwargs": "{}"}[flags[0]]
+        assert first.split() == ["learned", flags[0], was, f"{returns[-1]:.3f}", "2"]
+        assert second.startswith(f"played    {flags[0]} {flags[1]} ")
+        mean, episodes = second.split()[-2:]
+        assert float(mean) == pytest.approx(float(line.split()[1]), abs=0.05)
+        assert float(mean) == {"--env-id": 5, "--env-kwargs": -1}[flags[0]]
+        assert episodes == "3"
+    assert run(script, ["--evaluate", str(folder), "--env-id", "CartPole-v1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("env_id", "said"), [
+    ("Acrobot-v1", r"learned from vector \(4,\), Acrobot-v1 has vector \(6,\)"),
+    ("Pendulum-v1", "--actor-dist onehot is not for Pendulum-v1's actions"),
+])  # fmt: skip
+def test_an_agent_is_not_played_where_its_observations_or_actions_do_not_fit(
+    env_id, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = play("dreamerv2.py", CARTPOLE)
+    capsys.readouterr()
+    assert run("dreamerv2.py", ["--evaluate", str(folder), "--env-id", env_id]) == 2
+    assert re.search(f"^error: .*{said}\n$", capsys.readouterr().err)
 
 
 def test_the_command_to_go_on_names_the_interpreter_as_a_shell_would_find_it(monkeypatch):

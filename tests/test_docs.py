@@ -19,6 +19,7 @@ from pathlib import Path
 
 import check
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from helpers.envs import make_envs
@@ -456,14 +457,86 @@ EITHER = [
 # Of the Python blocks one is a module, one takes the place of a function; the others are programs.
 [ENVIRONMENT] = [block for block in blocks("python") if "gym.register(" in block]
 [NETWORK] = [block for block in blocks("python") if "\ndef mlp(" in block]
-PROGRAMS = [block for block in blocks("python") if block not in (ENVIRONMENT, NETWORK)]
+ACTING, EXPORT, FROM_DATA = blocks("python", [ROOT / "docs" / "python.md"])
+OTHERS = (ENVIRONMENT, NETWORK, ACTING, EXPORT, FROM_DATA)
+PRINTING = [block for block in blocks("python") if block not in OTHERS]
 
 
-@pytest.mark.parametrize("block", PROGRAMS, ids=lambda block: block.splitlines()[-1][:30])
-def test_a_python_block_runs_as_printed(block, runs, capsys):
-    code = block.replace("RUN", str(runs / "dreamerv2"))
-    exec(compile(code, "block", "exec"), {"__name__": "block"})
+def program(block, run):
+    """Runs a block with the agent of a run, of either script -> its names."""
+    code = block.replace("RUN", str(run)).replace("import dreamerv2 ", f"import {run.name} ")
+    names = {"__name__": "block"}
+    exec(compile(code, "block", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("block", PRINTING, ids=lambda block: block.splitlines()[-1][:30])
+def test_a_python_block_runs_as_printed(block, script, runs, capsys):
+    program(block, runs / script.__name__)
     assert re.search(r"\d+\.\d", capsys.readouterr().out)  # they print returns
+
+
+@pytest.mark.parametrize("script", EITHER)
+def test_a_run_is_used_from_python_in_25_lines(script, runs):
+    assert len([line for line in ACTING.splitlines() if line]) <= 25
+    names = program(ACTING, runs / script.__name__)
+    feat_size = names["model"].rssm.feat_size
+    assert names["feat"].shape == (32, 1, feat_size)
+    assert names["dreamt"]["vector"].shape == (1, 4)
+    assert names["total"] >= 8
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("script", EITHER)
+def test_the_exported_policy_computes_exactly_what_policy_does(script, env_id, runs):
+    if env_id != "CartPole-v1":
+        shutil.rmtree(runs / script.__name__)
+        flags = ["--env-id", env_id, "--resume", str(runs / script.__name__)]
+        assert train(script, flags + small(script)) == 0
+    names = program(EXPORT, runs / script.__name__)
+    step = torch.export.load("policy.pt2").module()
+    replay = common.read_replay(runs / script.__name__)
+    state = names["state"]
+    for t in range(20):
+        row = {key: torch.as_tensor(value[t]) for key, value in replay.items()}
+        with names["Draws"]() as draws:
+            action, after = script.policy(names["agent"], row, state, sample=False)
+        exported, state = step(row, state, draws.noted)
+        assert torch.equal(exported, action)
+        assert all(torch.equal(state[key], after[key]) for key in after)
+
+
+def mixed_steps(rows, seed):
+    """CartPole's rows under actions that are random, at times half of them: data.npz."""
+    envs = make_envs(1, "CartPole-v1", seed=seed)
+    rng = np.random.default_rng(seed)
+    data = []
+    action = np.zeros((1, 2), np.float32)
+    while len(data) < rows:
+        envs.send(torch.from_numpy(action))
+        row, _ = envs.receive()
+        data.append({key: value[0] for key, value in row.items()})
+        if row["is_first"][0]:
+            random = rng.choice([1.0, 0.7, 0.5])
+        _, _, angle, velocity = row["vector"][0]
+        upright = int(angle + 0.3 * velocity > 0)
+        choice = rng.integers(2) if rng.random() < random else upright
+        action = np.eye(2, dtype=np.float32)[[choice]]
+    np.savez("data.npz", **{key: np.stack([row[key] for row in data]) for key in data[0]})
+    return rows / sum(row["is_first"] for row in data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_policy_is_learned_from_random_and_mixed_steps(script, tmp_path, monkeypatch, capsys):
+    assert len([line for line in FROM_DATA.splitlines() if line]) <= 40
+    monkeypatch.chdir(tmp_path)
+    assert mixed_steps(4000, seed=1) < 100  # the mean length of an episode
+    program(FROM_DATA, Path(script.__name__))
+    returns = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(returns) == 6
+    assert max(returns) >= 200, returns
 
 
 @pytest.mark.parametrize("script", EITHER)

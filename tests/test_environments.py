@@ -841,6 +841,25 @@ def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
     assert env.reset()[0]["vector"].shape == (4,)
 
 
+@pytest.mark.parametrize(("env_id", "keywords", "has"), [
+    ("Pendulum-v1", '{"g": 5}', lambda env: env.g == 5),
+    ("CartPole-v1", '{"sutton_barto_reward": true}', lambda env: env._sutton_barto_reward),
+    ("PongNoFrameskip-v4", '{"mode": 1}', lambda env: env._game_mode == 1),
+    ("dmc/cartpole-balance", '{"task_kwargs": {"time_limit": 2}}',
+     lambda env: env._env._step_limit == 200),
+])  # fmt: skip
+def test_keywords_reach_the_environment(env_id, keywords, has):
+    options = {"observation": "vector"} if "dmc" in env_id else {}
+    assert has(tiny.make_env(env_id, env_kwargs=keywords, **options).unwrapped)
+    assert not has(tiny.make_env(env_id, **options).unwrapped)
+
+
+def test_keywords_reach_the_environment_with_images_of_its_own():
+    tiny.register_still("KeywordStill-v0", *random_image(9, 7))
+    with pytest.raises(runtime.UserError, match="unexpected keyword argument 'color'"):
+        tiny.make_env("KeywordStill-v0", pixels=True, env_kwargs='{"color": 1}')
+
+
 # Evaluation
 def returns_of(index, episodes, seed=11):
     """What the first episodes of an environment give to an agent that always takes action 1."""

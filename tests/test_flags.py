@@ -265,9 +265,13 @@ def test_resume_may_change_how_long_and_where_but_not_what_is_learned(script):
             parse(script, f"--resume {script} {change}")
 
 
-def test_evaluate_may_change_the_episodes_and_their_seed_but_not_the_agent(script):
+def test_evaluate_may_change_episodes_and_environment_but_not_the_agent(script):
     args = parse(script, f"--evaluate {script} --eval-episodes 9 --seed 4 --eval-envs 3")
     assert (args.eval_episodes, args.seed, args.eval_envs, args.deter) == (9, 4, 3, 16)
+    other = ["--env-id", "Pendulum-v1", "--env-kwargs", '{"g": 5}', "--time-limit", "9"]
+    args = parse(script, [f"--evaluate={script}", *other, "--sticky-prob", "0.5"])
+    assert (args.env_id, args.env_kwargs, args.time_limit) == ("Pendulum-v1", '{"g": 5}', 9)
+    assert (args.sticky_prob, args.deter) == (0.5, 16)
     with pytest.raises(runtime.UserError, match="--model-lr cannot change"):
         parse(script, f"--evaluate {script} --model-lr 0.8")
 
@@ -295,7 +299,7 @@ def test_all_that_is_learned_and_how_is_fixed_in_a_run_that_exists(script, data)
             change = flag_of(f"no_{name}" if value else name)
         else:
             change = f"{flag_of(name)}={data.draw(others(hint, value))}"
-        ways = ["resume"] if name in ("seed", "eval_envs") else ["resume", "evaluate"]
+        ways = ["resume"] if name in runtime.VARIABLE else ["resume", "evaluate"]
         flags = [f"--{data.draw(st.sampled_from(ways))}", script, change]
         line = the_line(refuse(script, flags, whole=False))
         assert line == f"{flag_of(name)} cannot change in a run that exists"

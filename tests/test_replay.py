@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.envs import make_envs, reset_rows
 
 import common
@@ -212,6 +213,18 @@ def test_numpy_alone_reads_the_rows(tmp_path):
     assert vector.shape == (10, 3, 2)
     assert vector[:, 2, 0].tolist() == [10, 11, 12, 13, 4, 5, 6, 7, 8, 9]
     assert (vector[..., 1] == np.arange(3)).all()
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(11, range(11)), (40, range(40)), (57, range(17, 57))])
+def test_the_rows_of_a_run_are_read_in_their_order(tmp_path, rows, kept):
+    filled(tmp_path / "replay", 40, rows)
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
+    replay = common.read_replay(tmp_path)
+    assert replay.keys() == SHAPES.keys()
+    for i, number in enumerate(kept):
+        for key, value in make_row(number).items():
+            np.testing.assert_array_equal(replay[key][i], value)
+    assert len(replay["reward"]) == len(kept)
 
 
 def test_shapes_of_rows_are_those_that_environments_give(tmp_path):

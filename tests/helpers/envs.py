@@ -12,7 +12,7 @@ def env_args(env_id, seed=1, **changes):
     """What common.make_env asks of args; by default nothing is repeated, cut off or made gray."""
     options = {
         "observation": "auto", "pixels": False, "grayscale": False, "action_repeat": 1,
-        "time_limit": 0, "sticky_prob": None, "full_action_space": False,
+        "time_limit": 0, "sticky_prob": None, "full_action_space": False, "env_kwargs": "{}",
     }  # fmt: skip
     return SimpleNamespace(env_id=env_id, seed=seed, **options | changes)
 
