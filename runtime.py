@@ -434,11 +434,14 @@ def read_shapes(run):
 
 def check_shapes(run, shapes, env_id):
     """UserError if an environment's rows are not as those that the agent of a run has seen."""
-    learned = read_shapes(from_start(run))
+    run = from_start(run)
+    if not (run / "shapes.yaml").exists():
+        return  # it has no checkpoint either, which is said when that is read
+    learned = read_shapes(run)
     for name in [*learned, *shapes]:
         if learned.get(name) != shapes.get(name):
             had, has = (f"{name} {x.get(name, 'none')}" for x in (learned, shapes))
-            raise UserError(f"{run} learned from {had}, {env_id} has {has}")
+            raise UserError(f"{shown(run)} learned from {had}, {env_id} has {has}")
 
 
 # Run folders

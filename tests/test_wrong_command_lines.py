@@ -269,8 +269,8 @@ SHARED = {  # what is said about flags, of which either script is given a part; 
     "--env-id PongNoFrameskip-v4 --observation vector": "--observation vector does not fit",
     "--env-id Pendulum-v1 --env-kwargs g=5": "--env-kwargs g=5 is no JSON object such as",
     "--env-id Pendulum-v1 --env-kwargs [5]": r"--env-kwargs \[5\] is no JSON object such as",
-    """--env-id Pendulum-v1 --env-kwargs '{"h": 5}'""": "no Pendulum-v1: TypeError: .*'h'",
-    """--env-id Pong --env-kwargs '{"frameskip": 4}'""": "--env-kwargs cannot set frameskip",
+    """--env-id Pendulum-v1 --env-kwargs '{{"h": 5}}'""": "no Pendulum-v1: TypeError: .*'h'",
+    """--env-id Pong --env-kwargs '{{"frameskip": 4}}'""": "--env-kwargs cannot set frameskip",
     # numbers and runs
     "--env-id CartPole-v1 --num-envs 10000000000000000000000": "--num-envs is 1",
     "--env-id CartPole-v1 --seed 18446744073709551616": "--seed is 18446744073709551616",
