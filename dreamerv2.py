@@ -782,7 +782,7 @@ def main(args):
     runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)
-    runtime.describe(args, device, agent, replay, envs.summary)
+    runtime.describe(args, device, agent, replay, envs.summary, total_updates)
     metrics = runtime.Metrics()
     logger = runtime.Logger(run, config)
     parts = {  # all that a checkpoint holds, but for the counters

@@ -515,14 +515,16 @@ def write_args(run, args):
     new.replace(run / "args.yaml")
 
 
-def describe(args, device, agent, replay, observations):
-    """Prints what a run consists of; observations: a line of text."""
+def describe(args, device, agent, replay, observations, updates):
+    """Prints what a run consists of; observations: a line of text; updates: of the whole run."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     gib = sum(data.nbytes for data in replay.data.values()) / 2**30
     processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
     print(f"{args.env_id} on {device} in {args.precision}{processes}: {observations}")
     print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {gib:.2f} GiB")
+    steps = args.total_frames // args.action_repeat
+    print(f"{updates:,} updates in {steps:,} agent steps, {updates / max(steps, 1):.3g} per step")
 
 
 def print_estimate(update, agent, optimizers, updates):

@@ -20,6 +20,7 @@ from pathlib import Path
 import check
 import gymnasium as gym
 import numpy as np
+import plot
 import pytest
 import torch
 from helpers.envs import make_envs
@@ -350,6 +351,46 @@ def test_the_hours_of_the_papers_tasks_are_updates_times_the_time_of_one():
         for precision, told in (("bfloat16", row[2]), ("float32", row[3])):
             days = updates * times[version, precision] / 1000 / 86400
             assert float(told.removesuffix(" days")) == pytest.approx(days, rel=0.05), row
+
+
+def test_the_papers_numbers_are_those_that_curves_are_compared_with():
+    published = plot.published()
+    compared = 0
+    rows = re.findall(r"^\| `([a-z_]+-[a-z_]+)` \| (.*) \|$", DOCS["published.md"], re.M)
+    assert len(rows) == 20
+    frames = {"dreamerv1": (1e5, 5e5, 1e6, 5e6), "dreamerv2": (1e5, 5e5, 1e6, 2e6)}
+    for name, cells in rows:
+        medians = [float(cell.replace(",", "")) for cell in cells.split(" | ")]
+        for i, script in enumerate(frames):
+            curve = published.get((script, f"dm_control/{name}-v0"), [])
+            for at, median in zip(frames[script], medians[4 * i : 4 * i + 4], strict=True):
+                edges = [row for row in curve if row["env_frames"] >= at]
+                if edges:
+                    assert median == pytest.approx(edges[0]["median"], abs=0.5)
+                    compared += 1
+    games = re.findall(r"`([A-Z]\w+)` \|((?: [-\d.,]+ \|){4})", DOCS["published.md"])
+    assert len(games) == 55
+    for name, cells in games:
+        assert f"ALE/{name}-v5" in gym.registry
+        curve = published.get(("dreamerv2", f"ALE/{name}-v5"), [])
+        for at, cell in zip((5e6, 10e6, 50e6, 200e6), cells.split(" |"), strict=False):
+            edges = [row for row in curve if row["env_frames"] >= at]
+            if edges:
+                assert float(cell.replace(",", "")) == pytest.approx(edges[0]["median"], abs=0.5)
+                compared += 1
+    assert compared > 30
+
+
+def test_the_papers_updates_are_those_of_the_presets():
+    counts = []
+    for script, preset, frames in (
+        (dreamerv1, "dmc_pixels", 1_000_000), (dreamerv2, "dmc_pixels", 1_000_000),
+        (dreamerv2, "atari", 200_000_000),
+    ):  # fmt: skip
+        args = script.Args(**script.PRESETS[preset])
+        unit = 1 if script is dreamerv1 else args.action_repeat
+        counts.append(f"{script.updates_owed(frames // unit, args):,}")
+    assert re.findall(r": ([\d,]+) in", DOCS["published.md"]) == counts
 
 
 def test_the_readme_repeats_what_the_docs_say():
