@@ -69,6 +69,10 @@ def measure(run, episodes, horizon, seed=0):
         },
         "recent_log_likelihood": tools.log_likelihood(run, recent),
         "health": tools.health(run, windows),
+        "sight": tools.sight(run, windows),
+        "evidence": {
+            "rewards": tools.evidence(fresh)["rewards"], "ends": tools.evidence(windows)["ends"],
+        },
     }  # fmt: skip
     sources = ("fresh", "replay")
     numbers["reward_errors"] = {k: tools.reward_errors(numbers[k], imagined) for k in sources}
@@ -78,49 +82,92 @@ def measure(run, episodes, horizon, seed=0):
     return numbers, fresh, windows
 
 
+ENOUGH = 20  # rows that tell something of rewards or ends, below which nothing is concluded
+
+
 def verdict(numbers):
-    """What the numbers mean, in plain words, the gravest first: a list of sentences."""
-    fresh, steps, said = numbers["fresh"], numbers["predictable"]["fresh"], []
-    horizon, value = numbers["imag_horizon"], numbers["optimism"]
-    kl, uninformed = sum(numbers["health"]["kl"]), numbers["health"]["uninformed"]
+    """What the numbers mean, in plain words: the faults, if any is found, then how far it sees."""
+    found = faults(numbers)
+    return (found or ["No fault is found."]) + description(numbers)
+
+
+def faults(numbers):
+    """What points to an error in a model, a loss or a setting: a list of sentences.
+
+    docs/health.md has the rules. Where there is little evidence there is no fault.
+    """
+    said = []
+    horizon = numbers["imag_horizon"]
+    value = numbers["optimism"]
+    drift = numbers["drift"]["far"]
+    kl = sum(numbers["health"]["kl"])
+    uninformed = numbers["health"]["uninformed"]
+    fresh = numbers["predictable"]["fresh"]
+    replay = numbers["predictable"]["replay"]
+    if max(numbers["sight"].values()) < 0.5:
+        said.append("It does not see: reconstructions explain less than half of the variance.")
+    if numbers["health"]["collapsed"] == 1:
+        said.append("No latent depends on what is seen.")
     if uninformed > 0.1 and kl > 0.8 * uninformed:
         said.append(
             f"The prior does not foretell the posterior: it is {kl:.1f} nats away, a guess that"
             f" knows nothing {uninformed:.1f}. It is untrained, or nothing can be foretold."
         )
-    what, far = "Rewards", len(fresh["reward"]) - 1
+    if fresh is not None and numbers["evidence"]["rewards"] >= ENOUGH:
+        if fresh < 0:
+            share = numbers["fresh"]["reward"][0] / numbers["fresh"]["reward_trivial"][0]
+            said.append(
+                f"The reward head fails even where the model sees: its squared error is {share:.0%}"
+                " of that of the mean reward. It is untrained, or was fed other rewards."
+            )
+        elif max(fresh, replay or 0) < min(horizon / 2, len(numbers["fresh"]["reward"]) - 1):
+            said.append(f"A horizon above {max(fresh, 1)} trains on fantasy; it is {horizon}.")
+    ends = numbers["predictable"]["ends"]
+    if ends is not None and ends < 0 and numbers["evidence"]["ends"] >= ENOUGH:
+        said.append("Ends of episodes are foretold no better than by their rate.")
+    if abs(value["optimism"]) > 0.5:
+        more = "more" if value["optimism"] > 0 else "less"
+        said.append(f"Values promise {abs(value['optimism']):.0%} {more} than what follows.")
+    if value["gain"] < -0.02:
+        said.append("In its own dreams the policy earns less than random actions.")
+    if drift > 0.5:
+        said.append(
+            f"{drift:.0%} of the states that are dreamt {horizon} steps ahead lie far from all that"
+            " was seen: the policy has left its model."
+        )
+    return said
+
+
+def description(numbers):
+    """How far rewards, or else ends, are foretold, and how right the values are."""
+    said = []
+    value = numbers["optimism"]
+    steps = numbers["predictable"]["fresh"]
+    what = "Rewards"
+    far = len(numbers["fresh"]["reward"]) - 1
+    count = numbers["evidence"]["rewards"]
     if steps is None:  # as where each step pays the same: what counts is then how long it lasts
-        what, steps = "Ends of episodes", numbers["predictable"]["ends"]
+        what = "Ends of episodes"
+        steps = numbers["predictable"]["ends"]
         far = len(numbers["replay"]["reward"]) - 1
+        count = numbers["evidence"]["ends"]
     if steps is None:
         said.append("Neither rewards nor ends vary here, so that their prediction says nothing.")
-    elif steps < 0 and what == "Rewards":
-        share = fresh["reward"][0] / fresh["reward_trivial"][0]
-        said.append(
-            f"The reward head fails even where the model sees: its squared error is {share:.0%} of"
-            " that of the mean reward. It is untrained, or was fed other rewards."
-        )
-    elif steps < 0:
-        said.append("Ends of episodes are foretold no better than by their rate.")
+    elif count < ENOUGH:
+        said.append(f"Few {what.lower()} seen, {count}: too few to judge their prediction.")
     elif steps < far:
         said.append(f"{what} stay predictable to {max(steps, 0)} steps.")
-        if steps < horizon and what == "Rewards":
-            said.append(f"A horizon above {max(steps, 1)} trains on fantasy; it is {horizon}.")
     else:
         said.append(f"{what} stay predictable to {steps} steps, as far as was looked.")
     side = "optimistic" if value["optimism"] > 0 else "pessimistic"
-    size, rank = abs(value["optimism"]), value["rank_correlation"]
+    size = abs(value["optimism"])
+    rank = value["rank_correlation"]
     said.append(f"Values are {size:.0%} {side}" if size >= 0.05 else "Values are right within 5 %")
     said[-1] += "." if rank is None else f", with a rank correlation of {rank:.2f}."
     if value["value_share"] > 0.5:
         said.append("Episodes are too short for the discount: much of what followed is a guess.")
-    if numbers["health"]["collapsed"] > 0.25:
+    if 0.25 < numbers["health"]["collapsed"] < 1:
         said.append(f"{numbers['health']['collapsed']:.0%} of the latents never change.")
-    if numbers["drift"]["far"] > 0.5:
-        said.append(
-            f"{numbers['drift']['far']:.0%} of the states that are dreamt {horizon} steps ahead lie"
-            " far from all that was seen: the policy has left its model."
-        )
     return said
 
 
@@ -406,6 +453,7 @@ def report(run, numbers, fresh, windows, log):
         ("rank correlation", "none" if rank is None else f"{rank:.2f}"),
         ("imagined return at H/2, H, 2H", ", ".join(
             f"{value[f'return_{k}_horizon']:.2f}" for k in ("half", "full", "double"))),
+        ("imagined return of random actions", f"{value['return_random']:.2f}"),
         ("states", value["states"]),
     ]))  # fmt: skip
     parts.append("<h2>Policy and model</h2>")

@@ -4,6 +4,7 @@ Everything here reads: a run that is still training is not disturbed, since the 
 without its lock and the checkpoint is the last whole one. Nothing from the folder is executed.
 """
 
+import copy
 import importlib.util
 import re
 import sys
@@ -202,7 +203,8 @@ def horizon_curves(run, batch, horizon, images=256):
     reward, vector, image: mean squared errors (vectors and images summed over their entries), each
     with what a trivial predictor would have: the mean reward of the batch, the last observation.
     continuation: Brier score, beside that of the mean rate. kl: of the posterior that came from the
-    rollout, in nats.
+    rollout, in nats. A pair counts as long as the rollout has not come to an end: imagination gives
+    no weight to what lies behind one that it foretells.
     """
     post, _ = observe(run, batch)
     reward = rewards(run, batch)
@@ -213,6 +215,7 @@ def horizon_curves(run, batch, horizon, images=256):
     ends = batch["is_terminal"]
     rate = 1 - ends[real].mean()
     state = {k: post[k] for k in ("deter", "stoch")}
+    alive = torch.ones_like(reward)  # the probability that the rollout has not ended before
     rng = np.random.default_rng(0)
     keys = [k for k in ("vector", "image") if k in batch]
     curves = {}
@@ -227,10 +230,13 @@ def horizon_curves(run, batch, horizon, images=256):
             shape = batch["reward"][h:].shape
             state = {k: v.unflatten(0, shape) for k, v in step.items()}
             later = {k: v[h:] for k, v in post.items() if k not in ("deter", "stoch")}
-        valid = (episode[h:] == episode[: length - h]) & real[h:]
+            alive = alive[:-1]
+        valid = (episode[h:] == episode[: length - h]) & real[h:] & (alive > 0.5)
         if not valid.any():
             break
         feat = run.rssm.feat(state)
+        if run.model.discount:
+            alive = alive * continuation(run, feat)
         note("pairs", valid.sum())
         note("reward", (run.model.reward(feat) - reward[h:]).square()[valid].mean())
         note("reward_trivial", (mean - reward[h:]).square()[valid].mean())
@@ -250,6 +256,25 @@ def horizon_curves(run, batch, horizon, images=256):
                 note(key, (recon[key] - now).square().sum(axes).mean())
                 note(f"{key}_trivial", (before - now).square().sum(axes).mean())
     return curves
+
+
+def evidence(batch):
+    """How many rows tell something of rewards, and of ends: those that are not as most are."""
+    reward = batch["reward"][batch["is_first"] == 0]
+    unusual = reward != reward.flatten().mode().values
+    return {"rewards": int(unusual.sum()), "ends": int(batch["is_terminal"].sum())}
+
+
+@torch.no_grad()
+def sight(run, batch):
+    """The share of the variance of observations that reconstructions explain: dict of floats."""
+    post, _ = observe(run, batch)
+    shares = {}
+    for key, recon in run.model.decoder(run.rssm.feat(post)).items():
+        truth = run.script.pixels(batch[key]) if key == "image" else batch[key]
+        spread = (truth - truth.mean((0, 1))).square().mean()
+        shares[key] = float(1 - (recon - truth).square().mean() / spread.clamp(min=1e-12))
+    return shares
 
 
 def reward_errors(curves, horizon):
@@ -373,7 +398,23 @@ def optimism(run, batch):
         result[f"return_{name}_horizon"] = float(
             imagined_returns(run, chosen, ends, horizon).mean()
         )
+    policy = run.agent["actor"]
+    run.agent["actor"] = indifferent(policy)
+    torch.manual_seed(0)
+    random = imagined_returns(run, chosen, ends, run.args.imag_horizon)
+    run.agent["actor"] = policy
+    result["return_random"] = float(random.mean())
+    result["gain"] = (result["return_full_horizon"] - result["return_random"]) / scale
     return result
+
+
+def indifferent(actor):
+    """A copy of an actor whose outputs are all zero: the same wide distribution in every state."""
+    actor = copy.deepcopy(actor)
+    for layer in (actor.out, getattr(actor, "std", actor.out)):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    return actor
 
 
 def horizons(run):
@@ -397,7 +438,8 @@ def drift(run, windows, horizon):
 
     The share of states dreamt `horizon` steps ahead whose nearest posterior state of the windows
     is farther than 95 % of posterior states are from theirs in other windows. The distance is
-    Euclidean, of features scaled to unit variance.
+    Euclidean, of features scaled to unit variance. Dreams that have come to an end do not count;
+    0 if all have.
     """
     post, _ = observe(run, windows)
     feat = run.rssm.feat(post)
@@ -411,8 +453,11 @@ def drift(run, windows, horizon):
     starts = {k: v[:, half:].flatten(0, 1)[:1024] for k, v in post.items()}
     torch.manual_seed(0)
     dreamt, _ = run.rssm.imagine(run.agent["actor"], starts, horizon)
-    far = torch.cdist((dreamt[-1] - mean) / std, known).min(1).values
-    return float((far > usual.quantile(0.95)).float().mean())
+    last = dreamt[-1]
+    if run.model.discount:
+        last = last[continuation(run, dreamt[:-1]).prod(0) > 0.5]
+    far = torch.cdist((last - mean) / std, known).min(1).values
+    return float((far > usual.quantile(0.95)).float().mean()) if len(last) else 0.0
 
 
 def average(post):
