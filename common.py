@@ -603,6 +603,7 @@ class Replay:
         self.device = device
         self.start = 0  # the oldest row
         self.end = 0  # the row after the newest
+        self.taken = 0  # how many fresh windows were drawn or overwritten
         with explain(f"another process trains in {self.folder}, or it is missing", OSError):
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
             # This process holds the lock until it ends, however it does.
@@ -639,11 +640,12 @@ class Replay:
         """Writes the maps to disk: a checkpoint must not know more rows than they hold."""
         for data in (*self.data.values(), self.written):
             data.flush()
-        return {"start": self.start, "end": self.end}
+        return {"start": self.start, "end": self.end, "taken": self.taken}
 
     def load_state_dict(self, state):
         """Goes back to the rows of a checkpoint, less those that were overwritten since."""
         self.end = state["end"]
+        self.taken = state["taken"]
         oldest = int(self.written[0]) - self.capacity
         self.start = min(self.end, max(state["start"], oldest))
         if self.written[0] < self.end:
@@ -660,11 +662,12 @@ class Replay:
             data[self.end % self.capacity] = row[key]
         self.end += 1
 
-    def sample(self, batch_size, length, favor_ends=False):
+    def sample(self, batch_size, length, favor_ends=False, fresh_first=False):
         """Draws windows of rows -> dict of (T, B, ...) tensors, on the device.
 
         All windows of `length` rows between the oldest and the newest are equally likely; with
-        favor_ends, those that end on an episode's last row count length + 1 times.
+        favor_ends, those that end on an episode's last row count length + 1 times. With
+        fresh_first, `fresh_windows` come first.
         """
         # Window w begins w // num_envs rows after the oldest one, in environment w % num_envs.
         windows = (len(self) - length + 1) * self.num_envs
@@ -676,11 +679,27 @@ class Replay:
         window[extra] = ends[(ticket[extra] - windows) // length]
         row = self.start + window // self.num_envs
         env = window % self.num_envs
+        if fresh_first:
+            fresh_row, fresh_env = self.fresh_windows(batch_size, length)
+            row[: len(fresh_row)] = fresh_row
+            env[: len(fresh_env)] = fresh_env
         index = (row + np.arange(length)[:, None]) % self.capacity  # (T, B)
         batch = {k: torch.from_numpy(v[index, env]) for k, v in self.data.items()}
         if self.device.type == "cuda":  # from pinned memory, nobody waits for it
             batch = {k: v.pin_memory().to(self.device, non_blocking=True) for k, v in batch.items()}
         return batch
+
+    def fresh_windows(self, count, length):
+        """Takes the next windows of those that follow one another, `count` at most -> row, env.
+
+        Each row is in one of them, which are complete every `length` rows.
+        """
+        oldest = math.ceil(self.start / length) * self.num_envs
+        self.taken = max(self.taken, oldest)
+        complete = self.end // length * self.num_envs
+        window = np.arange(self.taken, min(self.taken + count, complete))
+        self.taken += len(window)
+        return window // self.num_envs * length, window % self.num_envs
 
     def zeros(self, batch_size, length):
         """A batch like those of `sample`, all zero."""

@@ -1,0 +1,1012 @@
+"""DreamerV3: Hafner et al., "Mastering Diverse Control Tasks through World Models", 2301.04104v2.
+
+This is DreamerV2 with one set of hyperparameters for every task: block GRU, RMSNorm, latents with
+a share of the uniform, symlog and two-hot predictions, returns normalised by their range, and one
+optimizer. Where paper and code disagree we follow the code of the paper's time.
+
+    python dreamerv3.py --env-id CartPole-v1                # learns in minutes on a laptop
+    python dreamerv3.py --env-id PongNoFrameskip-v4         # the paper's agent
+
+A row of experience holds an observation, the action that led to it, and what came with it:
+
+    row           0 (reset)  1          2 (done)   3 (reset)  4
+    action        0          a1         a2         0          a4
+    image         o0         o1         o2         o3         o4
+    reward        0          r1         r2         0          r4
+    is_first      1          0          0          1          0
+    is_terminal   0          0          1, or 0    0          0         0 if only time ran out
+
+Shapes: T steps, B sequences, N = T * B imagination starts (when acting, N environments),
+I = horizon + 1 imagined states, A action, E embed, D deter, S x K stoch, F feat; G blocks; C, H, W
+image, V vector. A scalar per step is (T, B).
+"""
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import distributions as td
+from torch import nn
+
+import common
+import runtime
+from runtime import Count, Rate, Share, UserError, Weight, Whole
+
+
+@dataclass
+class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
+    # --- run ---
+    env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
+    preset: Literal[
+        "auto", "atari", "atari100k", "dmc_pixels", "dmc_vector", "crafter", "other"
+    ] = "auto"  # auto: by id
+    exp_name: str = Path(__file__).stem  # part of a run folder's name
+    seed: Whole = 1  # seed of networks, replay and environments
+    total_frames: Count = 204_000_000  # env frames, action repeat included
+    cuda: bool = True  # use a GPU if there is one
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
+    torch_deterministic: bool = False  # only kernels that give the same numbers each time
+    threads: Whole = 0  # CPU threads of torch, 0 is its own choice
+    graph: bool = True  # on a GPU, acting and learning become CUDA graphs
+    compile: bool = False  # fuse the steps of the recurrent model, after minutes of compiling
+    resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
+    evaluate: str = ""  # run folder whose agent to play, without learning
+    # --- environment ---
+    num_envs: Count = 16  # environments that act at once
+    async_envs: bool = False  # each environment in a process of its own
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
+    pixels: bool = False  # learn from images, rendered if need be
+    grayscale: bool = True  # images of one channel, not three
+    action_repeat: Count = 4  # frames per agent step
+    time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
+    sticky_prob: Annotated[float | None, 0, 1] = 0.25  # Atari: chance of the last action again
+    full_action_space: bool = True  # Atari: all 18 actions, not only the game's
+    env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
+    # --- replay ---
+    replay_size: Count = 5_000_000  # agent steps that are kept
+    batch_size: Count = 16  # B, sequences in a batch
+    batch_length: Count = 64  # T, agent steps of a sequence
+    # --- world model ---
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # of all networks
+    deter: Whole = 0  # D, size of the recurrent state, 0 follows from --size
+    hidden: Whole = 0  # units between the inputs and outputs of the RSSM, 0 follows from --size
+    blocks: Count = 8  # G, blocks of the recurrent model's weights
+    stoch: Count = 32  # S, number of latent variables
+    classes: Whole = 0  # K, classes of each latent variable, 0 follows from --size
+    cnn_depth: Whole = 0  # channels of the first convolution, 0 follows from --size
+    units: Whole = 0  # units of every dense layer, 0 follows from --size
+    layers: Count = 3  # dense layers of encoder, decoder, actor and critic
+    unimix: Share = 0.01  # share of the uniform in latents and discrete actions
+    dyn_scale: Weight = 1.0  # weight of the KL that trains the prior
+    rep_scale: Weight = 0.1  # weight of the KL that trains the posterior
+    free_nats: Weight = 1.0  # nats of KL of each step that cost nothing
+    # --- behavior ---
+    gamma: Share = 1 - 1 / 333  # discount per agent step
+    discount_lambda: Share = 0.95  # lambda of the returns
+    imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # H, imagined steps
+    actor_dist: Literal["auto", "onehot", "normal"] = "auto"  # by the actions
+    actor_entropy: Weight = 3e-4  # eta of Eq. 6, the weight of the entropy
+    return_rate: Share = 0.01  # how fast the range of returns follows
+    replay_critic: Weight = 0.3  # weight of the critic's loss on replayed states
+    slow_rate: Share = 0.02  # how fast the slow critic follows the critic
+    slow_scale: Weight = 1.0  # weight of what keeps the critic near the slow one
+    eval_sample: bool = True  # evaluate with sampled actions, not with the mode
+    # --- optimizer ---
+    train_ratio: Weight = 32.0  # replayed steps that are learned from per agent step
+    lr: Rate = 4e-5  # learning rate
+    warmup: Count = 1000  # updates in which it rises from 0
+    agc: Rate = 0.3  # what the gradient norm of a weight is cut to, as a share of its norm
+    # --- logging ---
+    log_every: Whole = 10_000  # frames between rows of losses
+    eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
+    eval_episodes: Count = 1  # episodes of an evaluation
+    eval_envs: Whole = 10  # environments to evaluate in, at most; 0 takes those of training
+    video_every: Whole = 1_000_000  # frames between open-loop videos, 0 is never
+    checkpoint_every: Whole = 500_000  # frames between checkpoints, 0 is none in between
+    capture_video: bool = False  # film an episode of each evaluation
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "dreamer"  # project in Weights & Biases
+    wandb_entity: str | None = None  # team in Weights & Biases
+
+
+# What each preset changes; the defaults above are those for Atari.
+ATARI100K = {
+    "total_frames": 440_000, "num_envs": 1, "sticky_prob": 0.0, "grayscale": False,
+    "time_limit": 100_000, "train_ratio": 256.0, "eval_every": 40_000, "checkpoint_every": 40_000,
+    "video_every": 40_000,
+}  # fmt: skip
+DMC = {
+    "size": "12m", "train_ratio": 512.0, "action_repeat": 2, "time_limit": 1000, "grayscale": False,
+    "log_every": 1000, "eval_every": 10_000, "video_every": 50_000, "checkpoint_every": 50_000,
+}  # fmt: skip
+CRAFTER = {
+    "total_frames": 1_100_000, "num_envs": 1, "train_ratio": 512.0, "action_repeat": 1,
+    "time_limit": 0, "grayscale": False, "eval_every": 50_000, "checkpoint_every": 50_000,
+}  # fmt: skip
+SMALL = {
+    "total_frames": 30_000, "num_envs": 1, "action_repeat": 1, "time_limit": 0, "threads": 1,
+    "grayscale": False, "batch_size": 8, "batch_length": 32, "deter": 256, "hidden": 64,
+    "units": 64, "blocks": 4, "stoch": 8, "classes": 8, "cnn_depth": 8, "layers": 2, "gamma": 0.99,
+    "imag_horizon": 10, "train_ratio": 64.0, "lr": 4e-4, "warmup": 100, "actor_entropy": 1e-3,
+    "log_every": 1000, "eval_every": 1000, "eval_episodes": 20, "video_every": 5000,
+    "checkpoint_every": 10_000,
+}  # fmt: skip
+PRESETS = {
+    "atari": {}, "atari100k": ATARI100K, "dmc_pixels": DMC | {"total_frames": 1_200_000},
+    "dmc_vector": DMC | {"total_frames": 600_000}, "crafter": CRAFTER, "other": SMALL,
+}  # fmt: skip
+SIZES = {  # deter, hidden and units, classes, cnn_depth
+    "1m": (512, 64, 4, 4), "12m": (2048, 256, 16, 16), "25m": (3072, 384, 24, 24),
+    "50m": (4096, 512, 32, 32), "100m": (6144, 768, 48, 48), "200m": (8192, 1024, 64, 64),
+    "400m": (12288, 1536, 96, 96),
+}  # fmt: skip
+
+
+def symlog(x):
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x):
+    return x.sign() * x.abs().expm1()
+
+
+class RMSNorm(nn.RMSNorm):
+    """Norm in float32, because a CPU would sum bfloat16 gradients in bfloat16.
+
+    x: (..., U), or images (batch, C, H, W) with a norm over the channels of each pixel.
+    """
+
+    def __init__(self, size, channels_first=False):
+        super().__init__(size, eps=1e-4)
+        self.channels_first = channels_first
+
+    def forward(self, x):
+        if self.channels_first:
+            return super().forward(x.float().movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x.float())
+
+
+def block(layer):
+    """A linear or convolutional layer, its norm and its activation."""
+    dense = isinstance(layer, nn.Linear | BlockLinear)
+    norm = RMSNorm(len(layer.bias), channels_first=not dense)
+    return nn.Sequential(layer, norm, nn.SiLU(inplace=True))
+
+
+def mlp(inputs, units, layers):
+    """Dense layers: (..., inputs) -> (..., U)."""
+    sizes = [inputs] + [units] * layers
+    return nn.Sequential(*(block(nn.Linear(i, o)) for i, o in pairwise(sizes)))
+
+
+class BlockLinear(nn.Module):
+    """G linear layers side by side, each from a slice of the inputs to a slice of the outputs."""
+
+    def __init__(self, inputs, outputs, blocks):
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, outputs // blocks, inputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        """(..., inputs) -> (..., outputs)"""
+        slices = x.flatten(0, -2).unflatten(-1, (self.blocks, -1)).movedim(1, 0)  # (G, batch, .)
+        out = torch.bmm(slices, self.weight.mT).movedim(0, 1).flatten(1)  # (batch, outputs)
+        return (out + self.bias).unflatten(0, x.shape[:-1])
+
+
+def pixels(image):
+    """uint8 -> float in [-0.5, 0.5], in training and in acting."""
+    return image.float() / 255 - 0.5
+
+
+class SamePad(nn.Module):
+    """TensorFlow's padding of a convolution of kernel 5 and stride 2: one before, two after."""
+
+    def forward(self, x):
+        return F.pad(x, (1, 2, 1, 2))
+
+
+class Encoder(nn.Module):
+    """Image and vector to one embedding: (..., C, 64, 64), (..., V) -> (..., E)."""
+
+    def __init__(self, shapes, args):
+        super().__init__()
+        self.image = shapes.get("image")
+        self.vector = shapes.get("vector")
+        self.size = 0  # E
+        d = args.cnn_depth
+        if self.vector:
+            self.mlp = mlp(self.vector[0], args.units, args.layers)
+            self.size += args.units
+        if self.image:
+            self.conv = nn.Sequential(block(nn.Conv2d(self.image[0], d, 5, padding=2)))
+            for i, o in pairwise([d, 2 * d, 3 * d, 4 * d, 4 * d]):  # 64 -> 32 -> 16 -> 8 -> 4
+                self.conv.append(nn.Sequential(SamePad(), *block(nn.Conv2d(i, o, 5, 2))))
+            self.size += 4 * d * 4 * 4
+
+    def forward(self, obs):
+        embed = []
+        if self.vector:
+            embed.append(self.mlp(symlog(obs["vector"])))
+        if self.image:
+            x = self.conv(pixels(obs["image"]).flatten(0, -4))  # (batch, 4d, 4, 4)
+            embed.append(x.flatten(1).unflatten(0, obs["image"].shape[:-3]))
+        return torch.cat(embed, -1)
+
+
+class SameDeconv(nn.ConvTranspose2d):
+    """A transposed convolution that doubles the size, aligned as TensorFlow's."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 5, stride=2, padding=1)
+
+    def forward(self, x):
+        return super().forward(x)[..., :-1, :-1]
+
+
+class Decoder(nn.Module):
+    """(..., F) -> dict of image (..., C, 64, 64) in [0, 1], vector (..., V) in symlog space."""
+
+    def __init__(self, feat_size, shapes, args):
+        super().__init__()
+        self.image = shapes.get("image")
+        self.vector = shapes.get("vector")
+        self.deter_size = args.deter
+        d = args.cnn_depth
+        if self.image:
+            space = 4 * d * 4 * 4
+            self.deter = BlockLinear(args.deter, space, args.blocks)
+            self.stoch = nn.Sequential(
+                block(nn.Linear(feat_size - args.deter, 2 * args.units)),
+                nn.Linear(2 * args.units, space),
+            )
+            self.space = nn.Sequential(RMSNorm(4 * d, channels_first=True), nn.SiLU())
+            sizes = pairwise([4 * d, 4 * d, 3 * d, 2 * d, d])  # 4 -> 8 -> 16 -> 32 -> 64
+            self.conv = nn.Sequential(
+                *(block(SameDeconv(i, o)) for i, o in sizes),
+                nn.Conv2d(d, self.image[0], 5, padding=2),
+            )
+        if self.vector:
+            self.mlp = mlp(feat_size, args.units, args.layers)
+            self.mlp_out = nn.Linear(args.units, self.vector[0])
+
+    def forward(self, feat):
+        recon = {}
+        if self.image:
+            deter = feat[..., : self.deter_size].flatten(0, -2)
+            stoch = feat[..., self.deter_size :].flatten(0, -2)
+            x = (self.deter(deter) + self.stoch(stoch)).unflatten(-1, (-1, 4, 4))
+            x = self.conv(self.space(x)).float().sigmoid()
+            recon["image"] = x.unflatten(0, feat.shape[:-1])
+        if self.vector:
+            recon["vector"] = self.mlp_out(self.mlp(feat)).float()
+        return recon
+
+    def losses(self, recon, batch):
+        """Sums of squares, (T, B) each: of pixels in [0, 1], of vectors in symlog space."""
+        losses = {}
+        if self.image:
+            error = recon["image"] - batch["image"].float() / 255
+            losses["image"] = error.square().sum((-3, -2, -1))
+        if self.vector:
+            square = (recon["vector"] - symlog(batch["vector"])).square()
+            losses["vector"] = torch.where(square < 1e-8, 0.0, square).sum(-1)
+        return losses
+
+
+class Head(nn.Module):
+    """A logit from the features: (..., F) -> (...)."""
+
+    outputs = 1
+
+    def __init__(self, feat_size, layers, args):
+        super().__init__()
+        self.mlp = mlp(feat_size, args.units, layers)
+        self.out = nn.Linear(args.units, self.outputs)
+
+    def logits(self, feat):
+        x = self.mlp(feat).float()
+        with torch.autocast(feat.device.type, enabled=False):
+            return self.out(x)
+
+    def forward(self, feat):
+        return self.logits(feat).squeeze(-1)
+
+
+class TwoHotHead(Head):
+    """The mean of a categorical over 255 bins, which are evenly spaced in symlog space (Eq. 9)."""
+
+    outputs = 255
+
+    def __init__(self, feat_size, layers, args):
+        super().__init__(feat_size, layers, args)
+        below = symexp(torch.linspace(-20, 0, 128))
+        self.register_buffer("bins", torch.cat([below, -below[:-1].flip(0)]))
+
+    def forward(self, feat):
+        return self.mean(self.logits(feat))
+
+    def mean(self, logits):
+        prob = torch.softmax(logits, -1)
+        # Bins of opposite sign cancel pair by pair, so that equal logits give exactly 0.
+        return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
+
+    def loss(self, logits, target):
+        """Cross-entropy with the target shared between its two neighbors: (...) (Eq. 10)."""
+        above = torch.searchsorted(self.bins, target).clamp(1, 254)
+        low = self.bins[above - 1]
+        high = self.bins[above]
+        share = ((target - low) / (high - low)).clamp(0, 1)
+        logp = torch.log_softmax(logits, -1)
+        near = torch.stack([above - 1, above], -1)
+        return -(logp.gather(-1, near) * torch.stack([1 - share, share], -1)).sum(-1)
+
+
+class OneHot:
+    """One-hot categoricals (..., K) in float32; samples carry the straight-through gradient."""
+
+    def __init__(self, logit):
+        self.logit = logit.float()
+
+    @cached_property
+    def logits(self):
+        return torch.log_softmax(self.logit, -1)
+
+    @cached_property
+    def probs(self):
+        return self.logits.exp()
+
+    @property
+    def mode(self):
+        return self.one_hot(self.logit)
+
+    def one_hot(self, score):
+        """The class of the highest score."""
+        return torch.zeros_like(score).scatter_(-1, score.max(-1, keepdim=True).indices, 1.0)
+
+    def rsample(self):
+        # Gumbel's trick: the best sum of logit and such noise is class k with probability p_k.
+        noise = -(-torch.rand_like(self.logit).log()).log()
+        sample = self.one_hot(self.logit + noise)
+        if self.logit.requires_grad:  # straight-through: adds 0, with the gradient of probs
+            sample = sample + (self.probs - self.probs.detach())
+        return sample
+
+    def log_prob(self, x):
+        return (x * self.logits).sum(-1)
+
+    def entropy(self):
+        return -(self.probs * self.logits).sum(-1)
+
+
+def unimix(logit, share):
+    """Logits of a mixture with the uniform distribution, in float32: (..., K)."""
+    probs = torch.softmax(logit.float(), -1)
+    return ((1 - share) * probs + share / probs.shape[-1]).log()
+
+
+class Normal(td.Independent):
+    """Gaussians, (..., A), not cut off: the environment clips what it is given."""
+
+    def __init__(self, mean, std):
+        super().__init__(td.Normal(mean, std), 1)
+
+
+class Actor(nn.Module):
+    """Policy over one-hot or continuous actions: (..., F) -> distribution over (..., A)."""
+
+    def __init__(self, feat_size, action_dim, args):
+        super().__init__()
+        self.dist = args.actor_dist
+        self.unimix = args.unimix
+        self.mlp = mlp(feat_size, args.units, args.layers)
+        self.out = nn.Linear(args.units, action_dim)
+        if self.dist != "onehot":
+            self.std = nn.Linear(args.units, action_dim)
+
+    def forward(self, feat):
+        x = self.mlp(feat)
+        if self.dist == "onehot":
+            return OneHot(unimix(self.out(x), self.unimix))
+        mean = self.out(x).float()
+        std = self.std(x).float()
+        return Normal(torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1)
+
+
+def stack(states):
+    """T dicts of (B, ...) -> a dict of (T, B, ...)."""
+    return {k: torch.stack([state[k] for state in states]) for k in states[0]}
+
+
+def detach(tensors):
+    return {k: v.detach() for k, v in tensors.items()}
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model (Eq. 1): a deterministic path in blocks and S categoricals.
+
+    State: deter (..., D), stoch (..., S * K), logit (..., S, K), mixed with the uniform.
+    """
+
+    def __init__(self, embed_size, action_dim, args):
+        super().__init__()
+        self.deter = args.deter
+        self.blocks = args.blocks
+        self.stoch = args.stoch
+        self.classes = args.classes
+        self.unimix = args.unimix
+        self.stoch_size = args.stoch * args.classes
+        self.feat_size = args.deter + self.stoch_size
+        hidden = args.hidden
+        self.deter_in = block(nn.Linear(args.deter, hidden))
+        self.stoch_in = block(nn.Linear(self.stoch_size, hidden))
+        self.action_in = block(nn.Linear(action_dim, hidden))
+        inputs = args.deter + args.blocks * 3 * hidden
+        self.gru_in = block(BlockLinear(inputs, args.deter, args.blocks))
+        self.gru = BlockLinear(args.deter, 3 * args.deter, args.blocks)
+        self.img_out = nn.Sequential(
+            mlp(args.deter, hidden, 2), nn.Linear(hidden, self.stoch_size)
+        )  # fmt: skip
+        self.obs_out = nn.Sequential(
+            mlp(args.deter + embed_size, hidden, 1), nn.Linear(hidden, self.stoch_size)
+        )
+
+    def initial(self, batch):
+        """The zero state that each of B sequences starts from, without statistics."""
+        device = next(self.parameters()).device
+        return {
+            "deter": torch.zeros(batch, self.deter, device=device),
+            "stoch": torch.zeros(batch, self.stoch_size, device=device),
+        }
+
+    def feat(self, state):
+        return torch.cat([state["deter"], state["stoch"]], -1)  # (..., F)
+
+    def stats(self, x):
+        """A linear layer's output as the statistics of stoch."""
+        return {"logit": unimix(x.unflatten(-1, (self.stoch, self.classes)), self.unimix)}
+
+    def dist(self, stats):
+        return OneHot(stats["logit"])
+
+    def state(self, deter, x):
+        """Samples stoch from the linear layer's output x."""
+        stats = self.stats(x)
+        stoch = self.dist(stats).rsample()
+        return {"deter": deter, "stoch": stoch.flatten(-2), **stats}
+
+    def gru_step(self, prev, action):
+        """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
+        action = action / action.abs().clamp(min=1).detach()
+        parts = [self.deter_in(prev["deter"]), self.stoch_in(prev["stoch"]), self.action_in(action)]
+        shared = torch.cat(parts, -1)[:, None].expand(-1, self.blocks, -1)  # (B, G, 3 * hidden)
+        own = prev["deter"].unflatten(-1, (self.blocks, -1))  # (B, G, D / G)
+        x = self.gru(self.gru_in(torch.cat([own, shared], -1).flatten(1))).float()
+        parts = x.unflatten(-1, (self.blocks, -1)).chunk(3, -1)  # of each block
+        reset, cand, update = (part.flatten(1) for part in parts)  # (B, D) each
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        update = torch.sigmoid(update - 1)  # begins by keeping most of the old state
+        return torch.lerp(prev["deter"], cand, update)  # (1 - update) * old + update * cand
+
+    def img_step(self, prev, action):
+        """Prior state p(z_t | h_t), eyes closed."""
+        deter = self.gru_step(prev, action)
+        return self.state(deter, self.img_out(deter))
+
+    def obs_step(self, prev, action, embed, is_first):
+        """Posterior state q(z_t | h_t, x_t), eyes open."""
+        # A new episode forgets the state and the action before it.
+        keep = is_first.logical_not()[:, None].float()  # (B, 1)
+        prev = {k: prev[k] * keep for k in ("deter", "stoch")}
+        deter = self.gru_step(prev, action * keep)
+        return self.state(deter, self.obs_out(torch.cat([deter, embed], -1)))
+
+    def observe(self, embed, action, is_first, start=None):
+        """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...).
+
+        start: the state before the window; without one its first row counts as a reset.
+        """
+        if start is None:
+            start = self.initial(embed.shape[1])
+            is_first = torch.cat([torch.ones_like(is_first[:1]), is_first[1:]])
+        state = start
+        states = []
+        # Only the recurrence is in the loop, in float32: bfloat16 would not make it faster.
+        with torch.autocast(embed.device.type, enabled=False):
+            for inputs in zip(action, embed.float(), is_first, strict=True):
+                state = self.obs_step(state, *inputs)
+                states.append(state)
+        post = stack(states)
+        # The prior of a step has the same deter; the KL needs its statistics alone, no sample.
+        return post, self.stats(self.img_out(post["deter"]))
+
+    def imagine(self, actor, start, horizon):
+        """Follows the actor from start, a dict of (N, ...), through the prior.
+
+        -> feat: (I, N, F), action: (I, N, A), which led to it, the first one zero
+        """
+        state = start
+        feats = [self.feat(start)]
+        actions = []
+        for _ in range(horizon):
+            actions.append(actor(feats[-1]).rsample())  # (N, A)
+            state = self.img_step(state, actions[-1])
+            feats.append(self.feat(state))
+        return torch.stack(feats), torch.stack([torch.zeros_like(actions[0]), *actions])
+
+    def kl(self, post, prior):
+        """KL(post || prior), summed over the S variables: (T, B)."""
+        p = self.dist(post)
+        q = self.dist(prior)
+        return (p.probs * (p.logits - q.logits)).sum((-2, -1))
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, and the heads that predict observation, reward and discount."""
+
+    def __init__(self, shapes, args):
+        super().__init__()
+        self.args = args
+        self.encoder = Encoder(shapes, args)
+        self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
+        self.decoder = Decoder(self.rssm.feat_size, shapes, args)
+        self.reward = TwoHotHead(self.rssm.feat_size, 1, args)
+        self.discount = Head(self.rssm.feat_size, 1, args)
+
+    def loss(self, batch, start=None):
+        """Eqs. 2, 3: batch, a dict of (T, B, ...) -> loss (), post (T, B, ...), metrics.
+
+        start: the state before the batch, see `RSSM.observe`.
+        """
+        args = self.args
+        embed = self.encoder(batch)
+        post, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], start)
+        feat = self.rssm.feat(post)  # (T, B, F)
+        losses = self.decoder.losses(self.decoder(feat), batch)
+        losses["reward"] = self.reward.loss(self.reward.logits(feat), batch["reward"])
+        # The soft target holds gamma: the predicted discount is not multiplied by it again.
+        target = args.gamma * (1 - batch["is_terminal"])
+        losses["discount"] = F.binary_cross_entropy_with_logits(
+            self.discount(feat), target, reduction="none"
+        )
+        kl = self.rssm.kl(detach(post), prior)
+        losses["dyn"] = kl.clamp(min=args.free_nats)
+        losses["rep"] = self.rssm.kl(post, detach(prior)).clamp(min=args.free_nats)
+        losses = {k: v.mean() for k, v in losses.items()}
+        scale = {"dyn": args.dyn_scale, "rep": args.rep_scale}
+        loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
+        metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
+        metrics["model/kl"] = kl.mean()
+        metrics["model/post_entropy"] = self.rssm.dist(detach(post)).entropy().sum(-1).mean()
+        metrics["model/prior_entropy"] = self.rssm.dist(detach(prior)).entropy().sum(-1).mean()
+        return loss, post, detach(metrics)
+
+    @torch.no_grad()
+    def open_loop(self, batch, context=5):
+        """Sees `context` steps, then dreams -> truth, model and error: (T, B, C, 3H, W)."""
+        first = {k: v[:context] for k, v in batch.items()}
+        state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
+        states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
+        for action in batch["action"][context:]:
+            states.append(self.rssm.img_step(states[-1], action))
+        model = self.decoder(self.rssm.feat(stack(states)))["image"]
+        truth = pixels(batch["image"]) + 0.5
+        return torch.cat([truth, model, (model - truth + 1) / 2], -2)
+
+
+def lambda_return(reward, value, disc, bootstrap, lambda_):
+    """Eq. 7, from the last step back: (H, N) each, bootstrap (N,) -> (H, N).
+
+    lambda_ is a number, or (H, N).
+    """
+    target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
+    keep = disc * lambda_
+    ret = bootstrap
+    returns = []
+    for t in reversed(range(len(reward))):
+        ret = target[t] + keep[t] * ret
+        returns.append(ret)
+    return torch.stack(returns[::-1])
+
+
+class ReturnRange(nn.Module):
+    """The range of returns, from their 5th to their 95th percentile, as it was of late."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("range", torch.zeros(2))
+
+    def forward(self, ret):
+        """Takes the returns into account -> what to divide advantages by, () (Eq. 6)."""
+        share = torch.tensor([0.05, 0.95], device=ret.device)
+        percentiles = runtime.process_mean(torch.quantile(ret.float(), share))
+        self.range.lerp_(percentiles, self.rate)
+        return (self.range[1] - self.range[0]).clamp(min=1)
+
+
+def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, is_terminal, args):
+    """Losses of actor and critic on imagined rollouts (Eqs. 4-7); is_terminal is (T, B).
+
+    -> actor loss, critic loss, returns of the starts (N,), metrics
+    """
+    start = {k: v.flatten(0, 1) for k, v in detach(post).items()}  # (N, ...)
+    with torch.no_grad():  # no gradient goes through the dream
+        feat, action = world_model.rssm.imagine(actor, start, args.imag_horizon)  # (I, N, ...)
+        reward = world_model.reward(feat)  # (I, N)
+        value = critic(feat)  # (I, N)
+        slow_value = slow_critic(feat)  # (I, N)
+        # Replay knows whether the start state was terminal, so that is not predicted.
+        predicted = torch.sigmoid(world_model.discount(feat[1:]))  # gamma included
+        disc = torch.cat([1 - is_terminal.reshape(1, -1), predicted])  # (I, N)
+        ret = lambda_return(reward[1:], value[:-1], disc[1:], value[-1], args.discount_lambda)
+        weight = torch.cumprod(disc, 0)
+        advantage = (ret - value[:-1]) / return_range(ret)
+
+    # state   z0   z1   z2   z3    With H = 3. The policy at z_i chose action[i + 1], and ret[i] is
+    # action       a1   a2   a3    what followed it, from reward[i + 1] on. The last state trains
+    # ret     g0   g1   g2         nothing.
+    policy = actor(feat[:-1])
+    entropy = policy.entropy()  # (H, N)
+    objective = policy.log_prob(action[1:]) * advantage + args.actor_entropy * entropy
+    actor_loss = -(weight[:-1] * objective).mean()  # Eq. 6
+    error = critic_error(critic, feat[:-1], ret, slow_value[:-1], args)
+    critic_loss = (weight[:-1] * error).mean()  # Eq. 5
+    metrics = {"actor_entropy": entropy, "reward": reward, "discount": disc, "return": ret}
+    metrics |= {"value": value, "slow_value": slow_value}
+    metrics = {f"imag/{k}": v.mean() for k, v in metrics.items()}
+    metrics["imag/return_range"] = return_range.range[1] - return_range.range[0]
+    metrics |= {"losses/actor": actor_loss, "losses/critic": critic_loss}
+    return actor_loss, critic_loss, ret[0], detach(metrics)
+
+
+def critic_error(critic, feat, ret, slow_value, args):
+    """The critic's loss for returns, and what keeps it near the slow critic: (..., F) -> (...)."""
+    logits = critic.logits(feat)
+    return critic.loss(logits, ret) + args.slow_scale * critic.loss(logits, slow_value)
+
+
+def replay_critic_loss(rssm, critic, slow_critic, post, ret, batch, args):
+    """The critic's loss on replayed rewards, which trains the world model too -> ().
+
+    ret: imagined returns (N,) from each posterior state, where the replayed ones end.
+    """
+    feat = rssm.feat(post)  # (T, B, F), with its gradient
+    with torch.no_grad():
+        slow_value = slow_critic(feat)
+    ret = ret.unflatten(0, batch["reward"].shape)  # (T, B)
+    first = batch["is_first"][1:].float()
+    is_last = torch.cat([first, torch.zeros_like(first[:1])])  # of an episode
+    disc = args.gamma * (1 - batch["is_terminal"])
+    keep = args.discount_lambda * (1 - is_last)
+    target = lambda_return(batch["reward"][1:], ret[:-1], disc[1:], ret[-1], keep[1:])
+    error = critic_error(critic, feat[:-1], target, slow_value[:-1], args)  # (T-1, B)
+    return ((1 - is_last[:-1]) * error).mean()
+
+
+def make_agent(shapes, args):
+    """Fresh networks; shapes: action (A,), image (C, 64, 64) and/or vector (V,)."""
+    model = WorldModel(shapes, args)
+    size = model.rssm.feat_size
+    agent = nn.ModuleDict({"world_model": model})
+    agent["actor"] = Actor(size, shapes["action"][0], args)
+    agent["critic"] = TwoHotHead(size, args.layers, args)
+    agent["slow_critic"] = TwoHotHead(size, args.layers, args)
+    agent["return_range"] = ReturnRange(args.return_rate)
+    for module in agent.modules():
+        if isinstance(module, nn.Linear | BlockLinear | nn.Conv2d | nn.ConvTranspose2d):
+            init(module)
+    for layer in (model.reward.out, agent["critic"].out, agent["slow_critic"].out):
+        nn.init.zeros_(layer.weight)  # the outer bins are huge: begin at 0
+    with torch.no_grad():
+        for layer in (agent["actor"].out, getattr(agent["actor"], "std", None)):
+            if layer:
+                layer.weight.mul_(0.01)
+        if "vector" in shapes:
+            model.decoder.mlp_out.weight.mul_(0.1)
+    agent["slow_critic"].requires_grad_(False)
+    if args.compile:
+        model.rssm.obs_step = torch.compile(model.rssm.obs_step)
+        model.rssm.img_step = torch.compile(model.rssm.img_step)
+    return agent
+
+
+def init(layer):
+    """Weights of a truncated normal with the variance of one over the inputs."""
+    if isinstance(layer, BlockLinear):
+        inputs = layer.blocks * layer.weight.shape[-1]
+    else:
+        inputs = layer.weight[0].numel()
+        if isinstance(layer, nn.ConvTranspose2d):  # its weight is (in, out, 5, 5)
+            inputs = layer.weight[:, 0].numel()
+    std = 1.1368 / math.sqrt(inputs)  # what is cut off takes variance away
+    nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std)
+    nn.init.zeros_(layer.bias)
+
+
+class LaProp(torch.optim.Optimizer):
+    """Adam with momentum after the division, and gradients cut relative to their weights (AGC)."""
+
+    def __init__(self, parameters, lr, agc, warmup, beta1=0.9, beta2=0.999, eps=1e-20):
+        settings = {"lr": lr, "agc": agc, "warmup": warmup}
+        super().__init__(parameters, settings | {"beta1": beta1, "beta2": beta2, "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        """The n-th step; the first one has rate 0 and only fills the averages."""
+        [group] = self.param_groups
+        beta1, beta2 = group["beta1"], group["beta2"]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)
+                state["square"] = torch.zeros_like(p)
+                state["momentum"] = torch.zeros_like(p)
+            n = state["step"].add_(1)
+            limit = group["agc"] * p.norm().clamp(min=1e-3)
+            grad = p.grad / (p.grad.norm() / limit).clamp(min=1)
+            square = state["square"].lerp_(grad.square(), 1 - beta2) / (1 - beta2**n)
+            grad = grad / (square.sqrt() + group["eps"])
+            momentum = state["momentum"].lerp_(grad, 1 - beta1) / (1 - beta1**n)
+            p -= group["lr"] * ((n - 1) / group["warmup"]).clamp(max=1) * momentum
+
+
+def make_optimizer(agent, args):
+    """One for all that is trained."""
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    return LaProp(parameters, args.lr, args.agc, args.warmup)
+
+
+def opt_step(optimizer, loss):
+    """One gradient step -> the gradient's global norm, ()."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    runtime.average_gradients(parameters)  # over the processes of torchrun
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.step()
+    return norm
+
+
+def update(agent, optimizer, batch, args, start=None):
+    """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
+    bfloat16 = args.precision == "bfloat16"
+    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=bfloat16):
+        model_loss, post, metrics = agent["world_model"].loss(batch, start)
+        actor_loss, critic_loss, ret, imagined = behavior_loss(
+            agent["world_model"], agent["actor"], agent["critic"], agent["slow_critic"],
+            agent["return_range"], post, batch["is_terminal"], args,
+        )  # fmt: skip
+        replay_loss = replay_critic_loss(
+            agent["world_model"].rssm, agent["critic"], agent["slow_critic"], post, ret, batch, args
+        )
+        loss = model_loss + actor_loss + critic_loss + args.replay_critic * replay_loss
+    metrics["grad_norm"] = opt_step(optimizer, loss)
+    metrics |= {"losses/replay_critic": replay_loss.detach(), "losses/total": loss.detach()}
+    return metrics | imagined
+
+
+def follow(slow_critic, critic, rate):
+    """Moves the slow critic's weights a share of the way to the critic's."""
+    torch._foreach_lerp_(
+        [*slow_critic.parameters()], [p.detach() for p in critic.parameters()], rate
+    )
+
+
+@torch.no_grad()
+def policy(agent, row, state, sample=True):
+    """A step of acting: row, a dict of (N, ...), and the state before -> action (N, A), state.
+
+    Without `sample` the action is the mode; the latent state is a sample in either case.
+    """
+    rssm = agent["world_model"].rssm
+    embed = agent["world_model"].encoder(row)
+    state = rssm.obs_step(state, row["action"], embed, row["is_first"])
+    dist = agent["actor"](rssm.feat(state))
+    action = dist.rsample() if sample else dist.mode
+    return action, {k: state[k] for k in ("deter", "stoch")}  # as in RSSM.initial
+
+
+def resolve_auto(args, device, discrete):
+    """Puts in place of "auto" and of 0 what it stands for: by device, actions and --size."""
+    if args.precision == "auto":
+        args.precision = "bfloat16" if device.type == "cuda" else "float32"
+    if args.actor_dist == "auto":
+        args.actor_dist = "onehot" if discrete else "normal"
+    if discrete != (args.actor_dist == "onehot"):
+        raise UserError(f"--actor-dist {args.actor_dist} is not for {args.env_id}'s actions")
+    deter, units, classes, depth = SIZES[args.size]
+    args.deter = args.deter or deter
+    args.hidden = args.hidden or units
+    args.units = args.units or units
+    args.classes = args.classes or classes
+    args.cnn_depth = args.cnn_depth or depth
+    for name in ("deter", "cnn_depth"):
+        size = getattr(args, name) * (4 * 16 if name == "cnn_depth" else 1)
+        if size % args.blocks:
+            flag = runtime.flag_name(name)
+            raise UserError(
+                f"{flag} {getattr(args, name)} has to be a multiple of --blocks {args.blocks}"
+            )
+
+
+def first_update(args):
+    """The agent step from which on the replay has windows for a batch."""
+    envs = args.num_envs * runtime.WORLD
+    return envs * (args.batch_length - 1 + math.ceil(args.batch_size / envs))
+
+
+def updates_owed(step, args):
+    """Updates in all: one when a batch is there, then as many as --train-ratio says."""
+    begin = first_update(args)
+    if step < begin:
+        return 0
+    return 1 + int((step - begin) * args.train_ratio / (args.batch_size * args.batch_length))
+
+
+def replay_capacity(args):
+    """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
+    envs = args.num_envs * runtime.WORLD
+    steps = args.total_frames // args.action_repeat
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs  # resets take rows too
+    needed = first_update(args) // envs
+    if needed > rows:
+        flags = f"--batch-length {args.batch_length} with --batch-size {args.batch_size}"
+        raise UserError(f"{flags} takes {needed} rows, --replay-size leaves an environment {rows}")
+    return rows
+
+
+def main(args):
+    """Trains an agent, or with --evaluate plays a trained one -> exit code."""
+    device = runtime.setup(args.seed, args.cuda, args.torch_deterministic, args.threads)
+    envs, eval_envs = common.make_envs(args)
+    shapes = eval_envs.shapes
+    precision = args.precision
+    resolve_auto(args, device, eval_envs.discrete)
+    config = asdict(args) | {"precision": precision}  # on the next machine it may be another one
+    agent = make_agent(shapes, args).to(device)
+    optimizer = make_optimizer(agent, args)
+    rssm = agent["world_model"].rssm
+    # A GPU records each of these and replays it, writing over the outputs of the call before.
+    captured = partial(runtime.Captured, device=device, enabled=args.graph)
+    act = captured(partial(policy, agent))
+    act_evaluated = captured(partial(policy, agent, sample=args.eval_sample))
+    learn = captured(partial(update, agent, optimizer, args=args))
+    evaluate = partial(
+        common.evaluate, eval_envs, act_evaluated, rssm.initial(eval_envs.num_envs),
+        args.eval_episodes, film=args.capture_video,
+    )  # fmt: skip
+    if args.evaluate:
+        runtime.check_shapes(args.evaluate, shapes, args.env_id)
+        runtime.load_checkpoint(args.evaluate, {"agent": agent})
+        returns, cut, film = evaluate()
+        runtime.print_evaluation(args.evaluate, returns, cut, film)
+        runtime.print_variation(args, returns)
+        return 0
+
+    # Begin a run, or go on with that of --resume.
+    total_steps = args.total_frames // args.action_repeat
+    total_updates = updates_owed(total_steps, args)
+    batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
+    capacity = replay_capacity(args)
+    replay_bytes = capacity * args.num_envs * common.row_bytes(shapes)
+    run, is_new = runtime.open_run(config, shapes, replay_bytes)
+    runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
+    replay_folder = runtime.rank_folder(run) / "replay"
+    replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)
+    runtime.describe(args, device, agent, replay, envs.summary, total_updates)
+    metrics = runtime.Metrics()
+    logger = runtime.Logger(run, config)
+    parts = {  # all that a checkpoint holds, but for the counters
+        "agent": agent, "optimizer": optimizer, "replay": replay, "envs": envs,
+        "metrics": metrics, "logger": logger,
+    }  # fmt: skip
+    counters = {"step": 0, "updates": 0, "last_report": 0}
+    if not is_new:
+        counters = runtime.load_checkpoint(run, parts)
+    step = counters["step"]  # agent steps of all environments
+    updates = counters["updates"]
+    last_report = counters["last_report"]  # frames
+    frames = step * args.action_repeat
+    row = None  # until the first step, which resets
+    state = rssm.initial(args.num_envs)
+
+    def save():
+        counters = {"step": step, "updates": updates, "last_report": last_report}
+        runtime.save_checkpoint(run, parts, counters)
+
+    def due(every):
+        """Whether a multiple of `every` frames, or the end, came since the last report."""
+        if finished and frames > last_report:
+            return True
+        return every > 0 and frames // every > last_report // every
+
+    if is_new:
+        save()  # so that a run can be resumed from its first moment on
+    if device.type == "cpu" and not args.compile:
+        batch = replay.zeros(batch_size, args.batch_length)
+        learn_once = partial(update, batch=batch, args=args)
+        runtime.print_estimate(learn_once, agent, optimizer, total_updates - updates)
+    with runtime.Interrupt() as interrupt:  # on a signal or a failed environment: save and end
+        # A turn sends a step, learns and reports meanwhile, and receives the step. Until then
+        # step, frames and replay know nothing of it: it can be dropped at any time.
+        while True:
+            finished = step >= total_steps  # then this turn learns what is owed and reports
+            learning = step >= first_update(args)
+
+            # Act: environments begin a step, a reset where an episode has ended. The seed of
+            # the noise follows from the step: a dropped one does not shift later draws.
+            if not finished:
+                with runtime.forked_rng("acting", args.seed, step):
+                    if envs.all_ended:
+                        action = envs.random_actions()  # which a reset ignores
+                    else:
+                        action, state = act(row, state)
+                envs.send(action)
+
+            # Learn while they step. A resumed run makes up for updates that a signal prevented.
+            owed = updates_owed(step, args)
+            while learning and updates < owed and not interrupt.agreed():
+                losses = learn(replay.sample(batch_size, args.batch_length, fresh_first=True))
+                rate = args.slow_rate if updates else 1.0
+                follow(agent["slow_critic"], agent["critic"], rate)
+                metrics.record(losses, updates)
+                updates += 1
+                logger.progress(frames, updates, total_updates)
+            if interrupt.agreed():
+                break  # the step in flight is dropped: nothing of it was stored
+
+            # Report what became due since the last report; save before an evaluation can fail.
+            if due(args.checkpoint_every):
+                save()
+            if due(args.eval_every) and (updates or finished):
+                returns, cut, film = evaluate(interrupt=interrupt)
+                if interrupt.agreed():
+                    break  # a resumed run evaluates again
+                result = {"eval/episodic_return": returns.mean(), "eval/cut_episodes": cut}
+                logger.log(result, frames, updates)
+                if film:
+                    logger.gif("eval/episode", film, frames)
+                if finished:
+                    logger.bar.close()
+                    runtime.print_evaluation(run, returns, cut)
+            if due(args.log_every) and updates:
+                logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
+            if args.video_every and due(args.video_every) and learning and "image" in shapes:
+                with runtime.forked_rng("video", args.seed):
+                    film = agent["world_model"].open_loop(replay.sample(6, args.batch_length))
+                logger.gif("open_loop", film, frames)
+            last_report = frames
+            if finished:
+                break
+
+            # Observe.
+            row, episodes = envs.receive()
+            taken, episodes = runtime.gather_steps(row, episodes)  # of all processes
+            replay.add(row)
+            step += taken  # a reset is no step
+            frames = step * args.action_repeat
+            logger.progress(frames, updates, total_updates)
+            for episode in episodes:
+                logger.log(episode, frames, updates)
+
+    save()
+    for part in (logger, eval_envs, envs):
+        part.close()
+    if interrupt.code:
+        print(f"go on with: {runtime.resume_command(run, args.env_id)}")
+    return interrupt.code
+
+
+if __name__ == "__main__":
+    with runtime.exit_on_error():
+        sys.exit(main(runtime.parse_args(Args, PRESETS, common.choose_preset)))
