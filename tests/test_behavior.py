@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.agents import (
-    HORIZON, A, B, N, T, behave, close, close_gradients, every_gradient,
+    HORIZON, A, B, N, T, behave, both_twins, close, close_gradients, every_gradient,
     every_script, make, make_batch, random_state,
 )  # fmt: skip
 
@@ -250,7 +250,7 @@ def test_behavior_losses_train_actor_and_critic_alone_and_each_its_own(
 
 @pytest.mark.usefixtures("smooth")
 @pytest.mark.parametrize("source", ["reward", "value"])
-@every_script
+@both_twins
 def test_dynamics_gradient_equals_finite_differences_of_the_imagined_returns(script, source):
     x = make(script, discount_head=False, gamma=0.9, actor_entropy=0.0)
     batch, bias = make_batch(), x.actor.out.bias
@@ -272,7 +272,7 @@ def test_dynamics_gradient_equals_finite_differences_of_the_imagined_returns(scr
         assert math.isclose(grad[i], numerical, rel_tol=0.02)
 
 
-@every_script
+@both_twins
 def test_reinforce_makes_actions_with_advantage_more_likely(script, monkeypatch):
     x = make(script, discrete=True, actor_grad="reinforce", actor_entropy=0.0, discount_head=False)
     states, action, _ = recorded(x, monkeypatch, discrete=True)

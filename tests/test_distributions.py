@@ -9,7 +9,9 @@ import scipy.stats
 import torch
 import torch.distributions as td
 import torch.nn.functional as F
-from helpers.agents import A, B, K, S, T, close, close_gradients, every_script, make
+from helpers.agents import (
+    A, B, K, S, T, both_twins, close, close_gradients, every_script, make,
+)  # fmt: skip
 
 import dreamerv1
 import dreamerv2
@@ -151,7 +153,7 @@ def test_trunc_normal_clips_with_straight_through_gradient(monkeypatch):
 # TanhNormal
 
 
-@every_script
+@both_twins
 def test_tanh_normal_log_prob_equals_the_change_of_variables(script):
     mean, std = torch.randn(B, A), torch.rand(B, A) + 0.1
     theirs = td.Independent(td.TransformedDistribution(td.Normal(mean, std), td.TanhTransform()), 1)
@@ -160,7 +162,7 @@ def test_tanh_normal_log_prob_equals_the_change_of_variables(script):
     assert ours.log_prob(x).shape == ours.entropy().shape == (B,)
 
 
-@every_script
+@both_twins
 def test_tanh_normal_mode_is_the_likeliest_of_100_samples_of_each_batch_element(script):
     dist = script.TanhNormal(torch.randn(T, B, A), torch.full((T, B, A), 0.2))
     torch.manual_seed(4)
@@ -174,7 +176,7 @@ def test_tanh_normal_mode_is_the_likeliest_of_100_samples_of_each_batch_element(
     assert len(best) > 10
 
 
-@every_script
+@both_twins
 def test_tanh_normal_entropy_is_exact_for_samples_that_are_rounded_to_the_bounds(script):
     leaves = [torch.randn(B, A).requires_grad_(), torch.full((B, A), 5.0).requires_grad_()]
     dist = script.TanhNormal(*leaves)

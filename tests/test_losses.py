@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributions as td
 from helpers.agents import (
-    SHAPES, B, K, S, T, close, close_gradients, every_script, make, make_batch,
+    SHAPES, B, K, S, T, both_twins, close, close_gradients, every_script, make, make_batch,
 )  # fmt: skip
 
 import dreamerv1
@@ -46,7 +46,7 @@ def test_kl_of_the_posterior_from_the_prior_is_summed_over_latents_and_trains_bo
     assert all(g.any() for g in grads)
 
 
-@every_script
+@both_twins
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("transform", ["tanh", "none"])
 def test_model_loss_is_the_sum_of_its_scaled_parts(script, transform, head):

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from helpers.agents import (
-    DEPTH, LAYERS, SHAPES, UNITS, B, C, T, close, every_script, make, make_batch, row_of,
+    DEPTH, LAYERS, SHAPES, UNITS, B, C, T, both_twins, close, every_script, make, make_batch,
+    row_of,
 )  # fmt: skip
 from torch import nn
 
@@ -57,7 +58,7 @@ def shapes_through(module, x):
     return shapes
 
 
-@every_script
+@both_twins
 def test_the_encoder_halves_images_four_times_and_the_decoder_grows_them_from_one_pixel(script):
     model = make(script, ("image",)).world_model
     shapes = shapes_through(model.encoder.conv, torch.randn(3, C, 64, 64))
@@ -67,7 +68,7 @@ def test_the_encoder_halves_images_four_times_and_the_decoder_grows_them_from_on
     assert shapes == [(8, 5, 5), (4, 13, 13), (DEPTH, 30, 30), (C, 64, 64)]
 
 
-@every_script
+@both_twins
 @pytest.mark.parametrize(
     ("keys", "size"), [(("image",), 64), (("vector",), UNITS), (tuple(SHAPES), 64 + UNITS)]
 )
@@ -100,7 +101,7 @@ ACTIVATIONS = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}
 DENSE = {dreamerv1: 3 + 3 * LAYERS + 1 + 3 + 4, dreamerv2: 3 + 3 * LAYERS + 4 * LAYERS}
 
 
-@every_script
+@both_twins
 @pytest.mark.parametrize("norm", ["none", "layer"])
 @pytest.mark.parametrize(("act", "other"), [("relu", "silu"), ("elu", "relu"), ("silu", "elu")])
 def test_norm_and_activation_are_in_every_hidden_layer_and_in_no_output(script, act, other, norm):
@@ -127,7 +128,7 @@ def test_norm_and_activation_are_in_every_hidden_layer_and_in_no_output(script, 
         assert not m.bias.any()
 
 
-@every_script
+@both_twins
 def test_the_norm_of_a_convolution_is_over_the_channels_of_each_pixel(script):
     conv = script.block(nn.Conv2d(3, 5, 4), script.Args(norm="layer"))
     norm, x = conv[1], 4 * torch.randn(3, 5, 2, 7) + 1
@@ -151,7 +152,7 @@ def check_glorot(weight, fans):
     assert abs(weight.std() * math.sqrt(3) / limit - 1) < slack
 
 
-@every_script
+@both_twins
 def test_weights_are_glorot_uniform_and_biases_zero(script):
     agent, kinds = make(script, SHAPES, norm="layer", units=60, cnn_depth=8).agent, set()
     for layer in agent.modules():

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 import torch
 from helpers.agents import (
-    SHAPES, A, B, C, D, T, V, close, every_script, make, make_batch, observe, row_of,
+    SHAPES, A, B, C, D, T, V, both_twins, close, every_script, make, make_batch, observe,
+    row_of,
 )  # fmt: skip
 
 import dreamerv1
@@ -54,7 +55,7 @@ def test_actions_are_sampled_or_the_mode_and_the_latent_is_sampled_in_both(
     assert len(stochs) > 1
 
 
-@every_script
+@both_twins
 def test_sampled_actions_follow_the_policy(script):
     x, count = make(script, discrete=True), 3000
     row = {"vector": torch.randn(count, V), "action": torch.zeros(count, A)}
@@ -141,7 +142,7 @@ def test_open_loop_shows_truth_model_and_error(script):
     close(error, (model - truth + 1) / 2)
 
 
-@every_script
+@both_twins
 @pytest.mark.usefixtures("no_noise")
 def test_open_loop_sees_five_images_and_dreams_the_rest(script):
     x, batch = make(script, ("image",)), make_batch(("image",), steps=8)

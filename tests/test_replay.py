@@ -633,5 +633,5 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
 
     assert in_another_process(die) == "-9"
     assert (tmp_path / "lock").exists()
-    state = {"start": 0, "end": 5}
+    state = {"start": 0, "end": 5, "taken": 0}
     assert len(resume(tmp_path, 10, state)) == 5

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 import torch
 from helpers.agents import (
-    HIDDEN, HORIZON, UNITS, A, B, D, K, N, S, T, close, close_gradients, copied, every_script,
-    make, make_batch, observe, random_state, same,
+    HIDDEN, HORIZON, UNITS, A, B, D, K, N, S, T, both_twins, close, close_gradients, copied,
+    every_script, make, make_batch, observe, random_state, same,
 )  # fmt: skip
 
 import dreamerv1
@@ -26,7 +26,7 @@ def imagined(x, start):
     return feat, action
 
 
-@every_script
+@both_twins
 def test_states_have_the_shapes_of_the_docstring_and_features_are_stoch_then_deter(script):
     x, batch = make(script), make_batch()
     post, prior = observe(x, batch)
@@ -93,7 +93,7 @@ def test_the_first_action_of_a_window_counts_in_dreamerv1_unless_its_row_is_a_re
     assert moved.all(0).tolist() == moved.any(0).tolist() == counts
 
 
-@every_script
+@both_twins
 def test_observing_equals_steps_by_hand_and_the_prior_is_that_of_imagined_steps(script):
     x, batch = make(script), make_batch()
     embed = x.world_model.encoder(batch)
@@ -112,7 +112,7 @@ def test_observing_equals_steps_by_hand_and_the_prior_is_that_of_imagined_steps(
         state = {k: post[k][t] for k in ("deter", "stoch")}
 
 
-@every_script
+@both_twins
 @pytest.mark.usefixtures("no_noise")
 def test_states_depend_on_the_past_of_their_own_sequence_only(script):
     x = make(script)
@@ -144,7 +144,7 @@ def test_observing_and_losses_leave_their_inputs_unchanged(script):
 # Imagining
 
 
-@every_script
+@both_twins
 @pytest.mark.usefixtures("no_noise")
 def test_imagined_state_i_follows_from_the_one_before_and_from_the_action_chosen_there(script):
     x = make(script)
@@ -159,7 +159,7 @@ def test_imagined_state_i_follows_from_the_one_before_and_from_the_action_chosen
         close(x.rssm.feat(step), feat[i + 1])
 
 
-@every_script
+@both_twins
 def test_imagined_actions_pull_on_the_actor_but_not_on_the_states_it_sees(script):
     x = make(script)
     start = {k: v.requires_grad_() for k, v in random_state(x, N).items()}

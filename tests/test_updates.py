@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers.agents import (
-    SHAPES, close, copied, every_gradient, every_script, make, make_batch, one_update, same, update,
+    SHAPES, both_twins, close, copied, every_gradient, every_script, make, make_batch,
+    one_update, same, update,
 )  # fmt: skip
 from torch import nn
 
@@ -23,7 +24,7 @@ def norm(gradients):
 # Which weights move
 
 
-@every_script
+@both_twins
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_an_update_moves_every_parameter_of_an_optimizer_and_no_other(script, learner):
     x, batch = make(script, SHAPES), make_batch(SHAPES)
@@ -82,7 +83,7 @@ def test_gradients_are_those_of_the_losses_and_dreamerv2_imagines_in_the_model_a
         close(metrics[f"grad_norm/{short}"], norm(gradients[name]))
 
 
-@every_script
+@both_twins
 def test_each_optimizer_clips_the_norm_of_its_own_gradient(script):
     x, batch = make(script, reward_transform="none", clip=50.0), make_batch()
     x.world_model.reward.out.weight.data *= 1e5
@@ -94,7 +95,7 @@ def test_each_optimizer_clips_the_norm_of_its_own_gradient(script):
         close(norm(gradients), torch.tensor(50.0), rtol=1e-3)
 
 
-@every_script
+@both_twins
 def test_small_gradients_are_not_clipped(script):
     x, batch = make(script), make_batch()
     metrics = update(x, batch)
@@ -112,7 +113,7 @@ def test_the_same_seed_gives_the_same_update(script):
 # By how much
 
 
-@every_script
+@both_twins
 @pytest.mark.parametrize("eps", [1e-7, 0.5])
 def test_optimizers_are_adam_with_the_rates_and_epsilon_of_the_args(script, eps):
     rates = {"world_model": 1e-2, "actor": 2e-3, "critic": 3e-4}
@@ -151,7 +152,7 @@ def test_weight_decay_takes_the_same_share_whatever_the_learning_rate(decay):
     (False, {dreamerv1: "tanh_normal", dreamerv2: "trunc_normal"},
      {dreamerv1: "dynamics", dreamerv2: "dynamics"}),
 ])  # fmt: skip
-@every_script
+@both_twins
 def test_auto_is_resolved_by_device_and_actions(script, discrete, dists, grads):
     for device, precision in (("cpu", "float32"), ("cuda", "bfloat16")):
         args = script.Args()

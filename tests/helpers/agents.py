@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import dreamerv1
 import dreamerv2
+import dreamerv3
 
 T, B, A, V, C = 6, 4, 3, 12, 1
 N = T * B
@@ -21,9 +22,12 @@ SIZES = {
 OWN = {  # options that only one script has
     dreamerv1: {"reward_layers": 1, "discount_layers": 3, "critic_layers": 4, "cnn_act": "elu"},
     dreamerv2: {"classes": K},
+    dreamerv3: {"classes": K, "blocks": 2},
 }
 SCRIPTS = {script.__name__: script for script in OWN}
 every_script = pytest.mark.parametrize("script", OWN, ids=SCRIPTS)
+TWINS = {name: script for name, script in SCRIPTS.items() if script is not dreamerv3}
+both_twins = pytest.mark.parametrize("script", TWINS.values(), ids=TWINS)
 # The gradients by which the actor of a script learns.
 GRADIENTS = [(dreamerv1, "dynamics"), (dreamerv1, "reinforce")]
 GRADIENTS += [(dreamerv2, "dynamics"), (dreamerv2, "reinforce"), (dreamerv2, "both")]
@@ -80,9 +84,14 @@ def behave(x, batch, seed=9):
     return post, x.script.behavior_loss(*networks, post, batch["is_terminal"], x.args)
 
 
+def make_optimizers(x):
+    """What the script's `update` takes: one optimizer, or a dict of them."""
+    make = getattr(x.script, "make_optimizers", None) or x.script.make_optimizer
+    return make(x.agent, x.args)
+
+
 def update(x, batch, optimizers=None):
-    optimizers = optimizers or x.script.make_optimizers(x.agent, x.args)
-    return x.script.update(x.agent, optimizers, batch, x.args)
+    return x.script.update(x.agent, optimizers or make_optimizers(x), batch, x.args)
 
 
 def one_update(script, discrete=False, **options):
