@@ -62,7 +62,7 @@ CHANGEABLE = {
 }  # fmt: skip
 # Flags that may change when a run is evaluated: other episodes, another environment.
 VARIATION = ("env_id", "env_kwargs", "time_limit", "sticky_prob")
-VARIABLE = {"seed", "eval_envs", *VARIATION}
+VARIABLE = {"seed", "eval_envs", "eval_sample", *VARIATION}
 
 
 # Errors that take one line

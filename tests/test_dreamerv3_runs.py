@@ -1,0 +1,138 @@
+"""Runs of DreamerV3: that it learns, goes on where it stopped, and shares its work.
+
+What is of runtime.py and common.py alone is tested with the other scripts.
+"""
+
+import math
+
+import pytest
+import torch
+from helpers.envs import env_args
+from helpers.processes import finish, start
+from helpers.runs import (
+    checkpoint, counters, metrics, module_of, parse, play, run, signal_after, the_run, values,
+    without_clock,
+)  # fmt: skip
+
+import common
+import dreamerv3
+
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
+SCRIPT = "dreamerv3.py"
+TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --classes 4
+    --blocks 2 --cnn-depth 2 --imag-horizon 3 --train-ratio 1 --eval-episodes 2 --threads 1
+    --total-frames 300 --log-every 50 --eval-every 100 --video-every 150"""
+
+
+@pytest.mark.parametrize("flags", [
+    "--env-id CartPole-v1", "--env-id Pendulum-v1", "--env-id CartPole-v1 --num-envs 3",
+    pytest.param("--env-id CartPole-v1 --pixels", marks=pytest.mark.slow),
+    pytest.param("--env-id Pendulum-v1 --precision bfloat16", marks=pytest.mark.slow),
+    pytest.param("--env-id CartPole-v1 --observation both --async-envs --num-envs 2",
+                 marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_run_learns_with_finite_losses_from_the_first_batch_on(flags, place):
+    folder = play(SCRIPT, f"{TINY} {flags}")
+    rows = metrics(folder)
+    tags = set().union(*rows)
+    parts = ("model", "reward", "discount", "dyn", "rep", "actor", "critic", "replay_critic")
+    assert tags >= {f"losses/{part}" for part in parts} | {"eval/episodic_return"}
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    args = parse(SCRIPT, f"{TINY} {flags}")
+    step, updates = counters(folder)
+    assert updates == dreamerv3.updates_owed(step, args) > 10
+    first = min(row["frames"] for row in rows if row["updates"])
+    assert dreamerv3.first_update(args) <= first <= 50
+
+
+@pytest.mark.parametrize("where", ["update", "receive"])
+@pytest.mark.parametrize("env_id", ["MountainCar-v0", "Pendulum-v1"])
+def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
+    env_id, where, tmp_path, monkeypatch
+):
+    """Both end their episodes as truncated after frame 60, by a time limit of 20 frames."""
+    flags = f"{TINY} --env-id {env_id} --time-limit 20 --train-ratio 42 --total-frames 100"
+    flags += " --log-every 10 --eval-every 50"
+    count = iter(range(1, 10_000))
+    if where == "update":
+        args = parse(SCRIPT, flags)
+        last = dreamerv3.updates_owed(60, args) - 1  # two are due after each step
+        stop = signal_after(module_of(SCRIPT), "update", lambda *_: next(count) == last)
+    else:
+        stop = signal_after(
+            common.Envs, "receive", lambda envs: envs.num_envs == 1 and next(count) == 3 * 21
+        )
+    folders = []
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "whole":
+            folders.append(play(SCRIPT, flags).resolve())
+            continue
+        with stop:
+            folder = play(SCRIPT, flags, 143)
+        assert counters(folder)[0] == 60
+        play(SCRIPT, f"--resume {folder}")
+        folders.append(folder.resolve())
+    whole, stopped = (without_clock(metrics(folder)) for folder in folders)
+    assert whole[-1]["frames"] == 100
+    assert stopped == whole  # to the last bit
+    weights = [checkpoint(folder)["agent"] for folder in folders]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_the_slow_critic_is_a_copy_after_the_first_update_and_then_follows(place, monkeypatch):
+    gaps = []
+    follow = dreamerv3.follow
+
+    def spy(slow_critic, critic, rate):
+        follow(slow_critic, critic, rate)
+        pairs = zip(slow_critic.parameters(), critic.parameters(), strict=True)
+        gaps.append((rate, max((a - b).abs().max().item() for a, b in pairs)))
+
+    monkeypatch.setattr(dreamerv3, "follow", spy)
+    play(SCRIPT, f"{TINY} --env-id CartPole-v1 --lr 0.01 --warmup 1")
+    assert gaps[0] == (1.0, 0.0)
+    assert all(rate == 0.02 for rate, _ in gaps[1:])
+    assert gaps[-1][1] > 0
+
+
+def test_an_agent_is_evaluated_with_samples_or_the_mode(place, capsys):
+    folder = play(SCRIPT, f"{TINY} --env-id Pendulum-v1")
+    results = []
+    for flags in ("", "--no-eval-sample"):
+        capsys.readouterr()
+        assert run(SCRIPT, f"--evaluate {folder} {flags}") == 0
+        results.append(capsys.readouterr().out)
+    assert results[0] != results[1]
+    last = values(folder, "eval/episodic_return")[-1][1]
+    assert float(results[0].split()[1]) == pytest.approx(last, abs=0.06)
+
+
+@pytest.mark.slow
+def test_processes_share_the_batch_and_keep_equal_weights(tmp_path):
+    flags = f"{TINY} --env-id CartPole-v1 --batch-size 4"
+    finish(start(SCRIPT, flags, tmp_path, torchrun="--nproc-per-node 2"))
+    folder = the_run(tmp_path)
+    step, updates = counters(folder)
+    assert step >= 300
+    args = parse(SCRIPT, f"{flags} --num-envs 2")
+    assert abs(updates - dreamerv3.updates_owed(step, args)) <= 1
+    assert {"rank1", "replay"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_presets_are_those_of_the_paper():
+    published = {
+        "atari": ("200m", 32, 4, 16, 204_000_000), "atari100k": ("200m", 256, 4, 1, 440_000),
+        "dmc_vector": ("12m", 512, 2, 16, 600_000), "dmc_pixels": ("12m", 512, 2, 16, 1_200_000),
+        "crafter": ("200m", 512, 1, 1, 1_100_000),
+    }  # fmt: skip
+    for name, numbers in published.items():
+        args = dreamerv3.Args(**dreamerv3.PRESETS[name])
+        ours = (args.size, args.train_ratio, args.action_repeat, args.num_envs, args.total_frames)
+        assert ours == numbers
+        assert (args.batch_size, args.batch_length, args.imag_horizon) == (16, 64, 15)
+        assert (args.lr, args.warmup, args.agc, args.actor_entropy) == (4e-5, 1000, 0.3, 3e-4)
+        assert args.gamma == pytest.approx(1 - 1 / 333)
+    assert common.choose_preset(env_args("CartPole-v1", preset="crafter")) == "crafter"
