@@ -25,7 +25,7 @@ from runtime import (
 )  # fmt: skip
 
 gym.register_envs(ale_py)  # its games, under ALE/ and the older names
-SIZE = 64  # height and width of images, as in both papers
+SIZE = 64  # height and width of images, as in the papers of V1 and V2
 
 
 # From an id to an environment
@@ -254,7 +254,8 @@ class DreamerSpaces(gym.Wrapper):
         """One-hot (A,) or in [-1, 1] (A,) -> an action that lies in the environment's space."""
         if isinstance(self.actions, Discrete):
             return unflatten(self.actions, action)
-        share = (np.float64(action).reshape(self.actions.shape) + 1) / 2
+        action = np.clip(np.float64(action), -1, 1)
+        share = (action.reshape(self.actions.shape) + 1) / 2
         action = self.low * (1 - share) + self.high * share
         low = self.actions.low
         high = self.actions.high
@@ -690,16 +691,16 @@ class Replay:
         return batch
 
     def fresh_windows(self, count, length):
-        """Takes the next windows of those that follow one another, `count` at most -> row, env.
+        """Takes the oldest windows never taken, `count` at most -> row, env, (n,) each.
 
-        Each row is in one of them, which are complete every `length` rows.
+        They lie end to end: the first `length` rows of every environment, then the next.
         """
         oldest = math.ceil(self.start / length) * self.num_envs
         self.taken = max(self.taken, oldest)
-        complete = self.end // length * self.num_envs
+        complete = (self.end // length) * self.num_envs
         window = np.arange(self.taken, min(self.taken + count, complete))
         self.taken += len(window)
-        return window // self.num_envs * length, window % self.num_envs
+        return (window // self.num_envs) * length, window % self.num_envs
 
     def zeros(self, batch_size, length):
         """A batch like those of `sample`, all zero."""

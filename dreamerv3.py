@@ -2,7 +2,8 @@
 
 This is DreamerV2 with one set of hyperparameters for every task: block GRU, RMSNorm, latents with
 a share of the uniform, symlog and two-hot predictions, returns normalised by their range, and one
-optimizer. Where paper and code disagree we follow the code of the paper's time.
+optimizer. Where paper and code disagree we follow the code of the paper's time, but for two things:
+windows begin with the zero state, and images of Atari are 64x64, not 96x96.
 
     python dreamerv3.py --env-id CartPole-v1                # learns in minutes on a laptop
     python dreamerv3.py --env-id PongNoFrameskip-v4         # the paper's agent
@@ -45,7 +46,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
     preset: Literal[
         "auto", "atari", "atari100k", "dmc_pixels", "dmc_vector", "crafter", "other"
-    ] = "auto"  # auto: by id
+    ] = "auto"  # auto: by id, never atari100k or crafter
     exp_name: str = Path(__file__).stem  # part of a run folder's name
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 204_000_000  # env frames, action repeat included
@@ -58,6 +59,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     resume: str = ""  # run folder to go on with, or to begin in if it is missing or empty
     evaluate: str = ""  # run folder whose agent to play, without learning
     # --- environment ---
+    env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
     num_envs: Count = 16  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
     observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
@@ -67,41 +69,40 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
     sticky_prob: Annotated[float | None, 0, 1] = 0.25  # Atari: chance of the last action again
     full_action_space: bool = True  # Atari: all 18 actions, not only the game's
-    env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
     # --- replay ---
     replay_size: Count = 5_000_000  # agent steps that are kept
     batch_size: Count = 16  # B, sequences in a batch
     batch_length: Count = 64  # T, agent steps of a sequence
     # --- world model ---
-    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # of all networks
-    deter: Whole = 0  # D, size of the recurrent state, 0 follows from --size
-    hidden: Whole = 0  # units between the inputs and outputs of the RSSM, 0 follows from --size
+    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # of networks
+    deter: Whole = 0  # D, size of the recurrent state; 0: that of --size
+    hidden: Whole = 0  # units inside the RSSM; 0: those of --size
     blocks: Count = 8  # G, blocks of the recurrent model's weights
     stoch: Count = 32  # S, number of latent variables
-    classes: Whole = 0  # K, classes of each latent variable, 0 follows from --size
-    cnn_depth: Whole = 0  # channels of the first convolution, 0 follows from --size
-    units: Whole = 0  # units of every dense layer, 0 follows from --size
+    classes: Whole = 0  # K, classes of each latent variable; 0: those of --size
+    cnn_depth: Whole = 0  # channels of the first convolution; 0: those of --size
+    units: Whole = 0  # units of dense layers outside the RSSM; 0: those of --size
     layers: Count = 3  # dense layers of encoder, decoder, actor and critic
     unimix: Share = 0.01  # share of the uniform in latents and discrete actions
     dyn_scale: Weight = 1.0  # weight of the KL that trains the prior
     rep_scale: Weight = 0.1  # weight of the KL that trains the posterior
-    free_nats: Weight = 1.0  # nats of KL of each step that cost nothing
+    free_nats: Weight = 1.0  # nats of each KL of each step that cost nothing
     # --- behavior ---
     gamma: Share = 1 - 1 / 333  # discount per agent step
     discount_lambda: Share = 0.95  # lambda of the returns
-    imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # H, imagined steps
+    imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "normal"] = "auto"  # by the actions
     actor_entropy: Weight = 3e-4  # eta of Eq. 6, the weight of the entropy
-    return_rate: Share = 0.01  # how fast the range of returns follows
+    return_rate: Share = 0.01  # share of the newest returns in their running range
     replay_critic: Weight = 0.3  # weight of the critic's loss on replayed states
-    slow_rate: Share = 0.02  # how fast the slow critic follows the critic
-    slow_scale: Weight = 1.0  # weight of what keeps the critic near the slow one
+    slow_rate: Share = 0.02  # share of the way to the critic that the slow one goes per update
+    slow_scale: Weight = 1.0  # weight of the critic's loss for the slow critic's values
     eval_sample: bool = True  # evaluate with sampled actions, not with the mode
     # --- optimizer ---
-    train_ratio: Weight = 32.0  # replayed steps that are learned from per agent step
+    train_ratio: Weight = 32.0  # replayed steps to learn from per agent step
     lr: Rate = 4e-5  # learning rate
-    warmup: Count = 1000  # updates in which it rises from 0
-    agc: Rate = 0.3  # what the gradient norm of a weight is cut to, as a share of its norm
+    warmup: Count = 1000  # updates in which the learning rate rises from 0
+    agc: Rate = 0.3  # most that a gradient's norm may be, as a share of its weight's
     # --- logging ---
     log_every: Whole = 10_000  # frames between rows of losses
     eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
@@ -131,28 +132,29 @@ CRAFTER = {
 }  # fmt: skip
 SMALL = {
     "total_frames": 30_000, "num_envs": 1, "action_repeat": 1, "time_limit": 0, "threads": 1,
-    "grayscale": False, "batch_size": 8, "batch_length": 32, "deter": 256, "hidden": 64,
-    "units": 64, "blocks": 4, "stoch": 8, "classes": 8, "cnn_depth": 8, "layers": 2, "gamma": 0.99,
-    "imag_horizon": 10, "train_ratio": 64.0, "lr": 4e-4, "warmup": 100, "actor_entropy": 1e-3,
-    "log_every": 1000, "eval_every": 1000, "eval_episodes": 20, "video_every": 5000,
-    "checkpoint_every": 10_000,
+    "grayscale": False, "batch_size": 8, "batch_length": 32, "size": "tiny", "blocks": 4,
+    "stoch": 8, "layers": 2, "gamma": 0.99, "imag_horizon": 10, "train_ratio": 64.0, "lr": 4e-4,
+    "warmup": 100, "actor_entropy": 1e-3, "log_every": 1000, "eval_every": 5000,
+    "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
 }  # fmt: skip
 PRESETS = {
     "atari": {}, "atari100k": ATARI100K, "dmc_pixels": DMC | {"total_frames": 1_200_000},
     "dmc_vector": DMC | {"total_frames": 600_000}, "crafter": CRAFTER, "other": SMALL,
 }  # fmt: skip
 SIZES = {  # deter, hidden and units, classes, cnn_depth
-    "1m": (512, 64, 4, 4), "12m": (2048, 256, 16, 16), "25m": (3072, 384, 24, 24),
-    "50m": (4096, 512, 32, 32), "100m": (6144, 768, 48, 48), "200m": (8192, 1024, 64, 64),
-    "400m": (12288, 1536, 96, 96),
+    "tiny": (256, 64, 8, 8), "1m": (512, 64, 4, 4), "12m": (2048, 256, 16, 16),
+    "25m": (3072, 384, 24, 24), "50m": (4096, 512, 32, 32), "100m": (6144, 768, 48, 48),
+    "200m": (8192, 1024, 64, 64), "400m": (12288, 1536, 96, 96),
 }  # fmt: skip
 
 
 def symlog(x):
+    """Eq. 9, which keeps the sign and shrinks what is large."""
     return x.sign() * x.abs().log1p()
 
 
 def symexp(x):
+    """The inverse of symlog."""
     return x.sign() * x.abs().expm1()
 
 
@@ -162,7 +164,7 @@ class RMSNorm(nn.RMSNorm):
     x: (..., U), or images (batch, C, H, W) with a norm over the channels of each pixel.
     """
 
-    def __init__(self, size, channels_first=False):
+    def __init__(self, size, channels_first):
         super().__init__(size, eps=1e-4)
         self.channels_first = channels_first
 
@@ -179,9 +181,9 @@ def block(layer):
     return nn.Sequential(layer, norm, nn.SiLU(inplace=True))
 
 
-def mlp(inputs, units, layers):
+def mlp(inputs, layers, args):
     """Dense layers: (..., inputs) -> (..., U)."""
-    sizes = [inputs] + [units] * layers
+    sizes = [inputs] + [args.units] * layers
     return nn.Sequential(*(block(nn.Linear(i, o)) for i, o in pairwise(sizes)))
 
 
@@ -206,11 +208,14 @@ def pixels(image):
     return image.float() / 255 - 0.5
 
 
-class SamePad(nn.Module):
-    """TensorFlow's padding of a convolution of kernel 5 and stride 2: one before, two after."""
+class SameConv(nn.Conv2d):
+    """A convolution that halves the size, with TensorFlow's padding: one before, two after."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 5, stride=2)
 
     def forward(self, x):
-        return F.pad(x, (1, 2, 1, 2))
+        return super().forward(F.pad(x, (1, 2, 1, 2)))
 
 
 class Encoder(nn.Module):
@@ -222,14 +227,16 @@ class Encoder(nn.Module):
         self.vector = shapes.get("vector")
         self.size = 0  # E
         d = args.cnn_depth
-        if self.vector:
-            self.mlp = mlp(self.vector[0], args.units, args.layers)
-            self.size += args.units
         if self.image:
-            self.conv = nn.Sequential(block(nn.Conv2d(self.image[0], d, 5, padding=2)))
-            for i, o in pairwise([d, 2 * d, 3 * d, 4 * d, 4 * d]):  # 64 -> 32 -> 16 -> 8 -> 4
-                self.conv.append(nn.Sequential(SamePad(), *block(nn.Conv2d(i, o, 5, 2))))
+            sizes = pairwise([d, 2 * d, 3 * d, 4 * d, 4 * d])  # 64 -> 32 -> 16 -> 8 -> 4
+            self.conv = nn.Sequential(
+                block(nn.Conv2d(self.image[0], d, 5, padding=2)),
+                *(block(SameConv(i, o)) for i, o in sizes),
+            )
             self.size += 4 * d * 4 * 4
+        if self.vector:
+            self.mlp = mlp(self.vector[0], args.layers, args)
+            self.size += args.units
 
     def forward(self, obs):
         embed = []
@@ -258,61 +265,48 @@ class Decoder(nn.Module):
         super().__init__()
         self.image = shapes.get("image")
         self.vector = shapes.get("vector")
-        self.deter_size = args.deter
+        self.deter = args.deter
         d = args.cnn_depth
         if self.image:
-            space = 4 * d * 4 * 4
-            self.deter = BlockLinear(args.deter, space, args.blocks)
-            self.stoch = nn.Sequential(
+            size = 4 * d * 4 * 4
+            self.deter_in = BlockLinear(args.deter, size, args.blocks)
+            self.stoch_in = nn.Sequential(
                 block(nn.Linear(feat_size - args.deter, 2 * args.units)),
-                nn.Linear(2 * args.units, space),
+                nn.Linear(2 * args.units, size),
             )
-            self.space = nn.Sequential(RMSNorm(4 * d, channels_first=True), nn.SiLU())
+            self.norm = nn.Sequential(RMSNorm(4 * d, channels_first=True), nn.SiLU())
             sizes = pairwise([4 * d, 4 * d, 3 * d, 2 * d, d])  # 4 -> 8 -> 16 -> 32 -> 64
             self.conv = nn.Sequential(
                 *(block(SameDeconv(i, o)) for i, o in sizes),
                 nn.Conv2d(d, self.image[0], 5, padding=2),
             )
         if self.vector:
-            self.mlp = mlp(feat_size, args.units, args.layers)
-            self.mlp_out = nn.Linear(args.units, self.vector[0])
+            layers = mlp(feat_size, args.layers, args)
+            self.mlp = nn.Sequential(layers, nn.Linear(args.units, self.vector[0]))
 
     def forward(self, feat):
         recon = {}
         if self.image:
-            deter = feat[..., : self.deter_size].flatten(0, -2)
-            stoch = feat[..., self.deter_size :].flatten(0, -2)
-            x = (self.deter(deter) + self.stoch(stoch)).unflatten(-1, (-1, 4, 4))
-            x = self.conv(self.space(x)).float().sigmoid()
+            deter, stoch = feat.flatten(0, -2).tensor_split([self.deter], -1)
+            x = (self.deter_in(deter) + self.stoch_in(stoch)).unflatten(-1, (-1, 4, 4))
+            x = self.conv(self.norm(x)).float().sigmoid()
             recon["image"] = x.unflatten(0, feat.shape[:-1])
         if self.vector:
-            recon["vector"] = self.mlp_out(self.mlp(feat)).float()
+            recon["vector"] = self.mlp(feat).float()
         return recon
-
-    def losses(self, recon, batch):
-        """Sums of squares, (T, B) each: of pixels in [0, 1], of vectors in symlog space."""
-        losses = {}
-        if self.image:
-            error = recon["image"] - batch["image"].float() / 255
-            losses["image"] = error.square().sum((-3, -2, -1))
-        if self.vector:
-            square = (recon["vector"] - symlog(batch["vector"])).square()
-            losses["vector"] = torch.where(square < 1e-8, 0.0, square).sum(-1)
-        return losses
 
 
 class Head(nn.Module):
-    """A logit from the features: (..., F) -> (...)."""
-
-    outputs = 1
+    """A scalar from the features: (..., F) -> (...)."""
 
     def __init__(self, feat_size, layers, args):
         super().__init__()
-        self.mlp = mlp(feat_size, args.units, layers)
-        self.out = nn.Linear(args.units, self.outputs)
+        self.mlp = mlp(feat_size, layers, args)
+        self.out = nn.Linear(args.units, 1)
 
     def logits(self, feat):
         x = self.mlp(feat).float()
+        # In float32: bfloat16 rounds the logits, and the outer bins of a two-hot are huge.
         with torch.autocast(feat.device.type, enabled=False):
             return self.out(x)
 
@@ -321,12 +315,11 @@ class Head(nn.Module):
 
 
 class TwoHotHead(Head):
-    """The mean of a categorical over 255 bins, which are evenly spaced in symlog space (Eq. 9)."""
-
-    outputs = 255
+    """The mean of 255 bins, which are evenly spaced in symlog space (Eq. 10)."""
 
     def __init__(self, feat_size, layers, args):
         super().__init__(feat_size, layers, args)
+        self.out = nn.Linear(args.units, 255)
         below = symexp(torch.linspace(-20, 0, 128))
         self.register_buffer("bins", torch.cat([below, -below[:-1].flip(0)]))
 
@@ -339,7 +332,7 @@ class TwoHotHead(Head):
         return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
 
     def loss(self, logits, target):
-        """Cross-entropy with the target shared between its two neighbors: (...) (Eq. 10)."""
+        """Cross-entropy with the target shared between its two neighbors: (...) (Eq. 11)."""
         above = torch.searchsorted(self.bins, target).clamp(1, 254)
         low = self.bins[above - 1]
         high = self.bins[above]
@@ -392,13 +385,6 @@ def unimix(logit, share):
     return ((1 - share) * probs + share / probs.shape[-1]).log()
 
 
-class Normal(td.Independent):
-    """Gaussians, (..., A), not cut off: the environment clips what it is given."""
-
-    def __init__(self, mean, std):
-        super().__init__(td.Normal(mean, std), 1)
-
-
 class Actor(nn.Module):
     """Policy over one-hot or continuous actions: (..., F) -> distribution over (..., A)."""
 
@@ -406,18 +392,18 @@ class Actor(nn.Module):
         super().__init__()
         self.dist = args.actor_dist
         self.unimix = args.unimix
-        self.mlp = mlp(feat_size, args.units, args.layers)
+        self.mlp = mlp(feat_size, args.layers, args)
         self.out = nn.Linear(args.units, action_dim)
         if self.dist != "onehot":
             self.std = nn.Linear(args.units, action_dim)
 
     def forward(self, feat):
-        x = self.mlp(feat)
-        if self.dist == "onehot":
-            return OneHot(unimix(self.out(x), self.unimix))
-        mean = self.out(x).float()
-        std = self.std(x).float()
-        return Normal(torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1)
+        x = self.mlp(feat).float()
+        with torch.autocast(feat.device.type, enabled=False):  # as in Head
+            if self.dist == "onehot":
+                return OneHot(unimix(self.out(x), self.unimix))
+            std = 0.9 * torch.sigmoid(self.std(x) + 2) + 0.1
+            return td.Independent(td.Normal(torch.tanh(self.out(x)), std), 1)
 
 
 def stack(states):
@@ -443,19 +429,21 @@ class RSSM(nn.Module):
         self.classes = args.classes
         self.unimix = args.unimix
         self.stoch_size = args.stoch * args.classes
-        self.feat_size = args.deter + self.stoch_size
-        hidden = args.hidden
-        self.deter_in = block(nn.Linear(args.deter, hidden))
-        self.stoch_in = block(nn.Linear(self.stoch_size, hidden))
-        self.action_in = block(nn.Linear(action_dim, hidden))
-        inputs = args.deter + args.blocks * 3 * hidden
+        self.feat_size = self.stoch_size + args.deter
+        stats_size = self.stoch_size
+        self.deter_in = block(nn.Linear(args.deter, args.hidden))
+        self.stoch_in = block(nn.Linear(self.stoch_size, args.hidden))
+        self.action_in = block(nn.Linear(action_dim, args.hidden))
+        inputs = args.deter + args.blocks * 3 * args.hidden
         self.gru_in = block(BlockLinear(inputs, args.deter, args.blocks))
         self.gru = BlockLinear(args.deter, 3 * args.deter, args.blocks)
         self.img_out = nn.Sequential(
-            mlp(args.deter, hidden, 2), nn.Linear(hidden, self.stoch_size)
+            block(nn.Linear(args.deter, args.hidden)), block(nn.Linear(args.hidden, args.hidden)),
+            nn.Linear(args.hidden, stats_size),
         )  # fmt: skip
         self.obs_out = nn.Sequential(
-            mlp(args.deter + embed_size, hidden, 1), nn.Linear(hidden, self.stoch_size)
+            block(nn.Linear(args.deter + embed_size, args.hidden)),
+            nn.Linear(args.hidden, stats_size),
         )
 
     def initial(self, batch):
@@ -484,13 +472,18 @@ class RSSM(nn.Module):
 
     def gru_step(self, prev, action):
         """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
+        # Actions are stored as sampled; the model sees none beyond [-1, 1].
         action = action / action.abs().clamp(min=1).detach()
-        parts = [self.deter_in(prev["deter"]), self.stoch_in(prev["stoch"]), self.action_in(action)]
-        shared = torch.cat(parts, -1)[:, None].expand(-1, self.blocks, -1)  # (B, G, 3 * hidden)
+        inputs = [
+            self.deter_in(prev["deter"]),
+            self.stoch_in(prev["stoch"]),
+            self.action_in(action),
+        ]
+        shared = torch.cat(inputs, -1)[:, None].expand(-1, self.blocks, -1)  # (B, G, 3 * hidden)
         own = prev["deter"].unflatten(-1, (self.blocks, -1))  # (B, G, D / G)
-        x = self.gru(self.gru_in(torch.cat([own, shared], -1).flatten(1))).float()
-        parts = x.unflatten(-1, (self.blocks, -1)).chunk(3, -1)  # of each block
-        reset, cand, update = (part.flatten(1) for part in parts)  # (B, D) each
+        x = self.gru_in(torch.cat([own, shared], -1).flatten(1))  # (B, D)
+        parts = self.gru(x).float().unflatten(-1, (self.blocks, -1))  # (B, G, 3 * D / G)
+        reset, cand, update = (part.flatten(1) for part in parts.chunk(3, -1))  # (B, D) each
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)  # begins by keeping most of the old state
         return torch.lerp(prev["deter"], cand, update)  # (1 - update) * old + update * cand
@@ -511,9 +504,9 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start=None):
         """(T, B, E), (T, B, A), (T, B) -> post, prior: dicts of (T, B, ...).
 
-        start: the state before the window; without one its first row counts as a reset.
+        start: the state before the window; without one the first row counts as a reset.
         """
-        if start is None:
+        if start is None:  # what came before the window is not known
             start = self.initial(embed.shape[1])
             is_first = torch.cat([torch.ones_like(is_first[:1]), is_first[1:]])
         state = start
@@ -557,8 +550,9 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(shapes, args)
         self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
-        self.reward = TwoHotHead(self.rssm.feat_size, 1, args)
-        self.discount = Head(self.rssm.feat_size, 1, args)
+        size = self.rssm.feat_size
+        self.reward = TwoHotHead(size, 1, args)
+        self.discount = Head(size, 1, args)
 
     def loss(self, batch, start=None):
         """Eqs. 2, 3: batch, a dict of (T, B, ...) -> loss (), post (T, B, ...), metrics.
@@ -569,13 +563,17 @@ class WorldModel(nn.Module):
         embed = self.encoder(batch)
         post, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], start)
         feat = self.rssm.feat(post)  # (T, B, F)
-        losses = self.decoder.losses(self.decoder(feat), batch)
+        losses = {}
+        for key, recon in self.decoder(feat).items():
+            target = batch[key].float() / 255 if key == "image" else symlog(batch[key])
+            square = (recon - target).square().flatten(2)  # (T, B, ...)
+            if key == "vector":
+                square = torch.where(square < 1e-8, 0.0, square)
+            losses[key] = square.sum(-1)  # (T, B)
         losses["reward"] = self.reward.loss(self.reward.logits(feat), batch["reward"])
         # The soft target holds gamma: the predicted discount is not multiplied by it again.
         target = args.gamma * (1 - batch["is_terminal"])
-        losses["discount"] = F.binary_cross_entropy_with_logits(
-            self.discount(feat), target, reduction="none"
-        )
+        losses["discount"] = F.binary_cross_entropy_with_logits(self.discount(feat), target)
         kl = self.rssm.kl(detach(post), prior)
         losses["dyn"] = kl.clamp(min=args.free_nats)
         losses["rep"] = self.rssm.kl(post, detach(prior)).clamp(min=args.free_nats)
@@ -602,9 +600,9 @@ class WorldModel(nn.Module):
 
 
 def lambda_return(reward, value, disc, bootstrap, lambda_):
-    """Eq. 7, from the last step back: (H, N) each, bootstrap (N,) -> (H, N).
+    """Eq. 5, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N).
 
-    lambda_ is a number, or (H, N).
+    lambda_ is a number, or (I-1, N).
     """
     target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
     keep = disc * lambda_
@@ -625,9 +623,9 @@ class ReturnRange(nn.Module):
         self.register_buffer("range", torch.zeros(2))
 
     def forward(self, ret):
-        """Takes the returns into account -> what to divide advantages by, () (Eq. 6)."""
-        share = torch.tensor([0.05, 0.95], device=ret.device)
-        percentiles = runtime.process_mean(torch.quantile(ret.float(), share))
+        """Takes the returns into account -> what to divide advantages by, () (Eq. 7)."""
+        ret = runtime.process_cat(ret)
+        percentiles = torch.stack([torch.quantile(ret, share) for share in (0.05, 0.95)])
         self.range.lerp_(percentiles, self.rate)
         return (self.range[1] - self.range[0]).clamp(min=1)
 
@@ -650,11 +648,11 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
         weight = torch.cumprod(disc, 0)
         advantage = (ret - value[:-1]) / return_range(ret)
 
-    # state   z0   z1   z2   z3    With H = 3. The policy at z_i chose action[i + 1], and ret[i] is
+    # state   z0   z1   z2   z3    With I = 4. The policy at z_i chose action[i + 1], and ret[i] is
     # action       a1   a2   a3    what followed it, from reward[i + 1] on. The last state trains
     # ret     g0   g1   g2         nothing.
     policy = actor(feat[:-1])
-    entropy = policy.entropy()  # (H, N)
+    entropy = policy.entropy()  # (I-1, N)
     objective = policy.log_prob(action[1:]) * advantage + args.actor_entropy * entropy
     actor_loss = -(weight[:-1] * objective).mean()  # Eq. 6
     error = critic_error(critic, feat[:-1], ret, slow_value[:-1], args)
@@ -676,14 +674,15 @@ def critic_error(critic, feat, ret, slow_value, args):
 def replay_critic_loss(rssm, critic, slow_critic, post, ret, batch, args):
     """The critic's loss on replayed rewards, which trains the world model too -> ().
 
-    ret: imagined returns (N,) from each posterior state, where the replayed ones end.
+    ret: imagined returns (N,) from each posterior state, which take the place of values.
     """
     feat = rssm.feat(post)  # (T, B, F), with its gradient
     with torch.no_grad():
         slow_value = slow_critic(feat)
     ret = ret.unflatten(0, batch["reward"].shape)  # (T, B)
     first = batch["is_first"][1:].float()
-    is_last = torch.cat([first, torch.zeros_like(first[:1])])  # of an episode
+    # An episode's last row; at the end of the window it is not known, and changes nothing.
+    is_last = torch.cat([first, torch.zeros_like(first[:1])])
     disc = args.gamma * (1 - batch["is_terminal"])
     keep = args.discount_lambda * (1 - is_last)
     target = lambda_return(batch["reward"][1:], ret[:-1], disc[1:], ret[-1], keep[1:])
@@ -706,11 +705,11 @@ def make_agent(shapes, args):
     for layer in (model.reward.out, agent["critic"].out, agent["slow_critic"].out):
         nn.init.zeros_(layer.weight)  # the outer bins are huge: begin at 0
     with torch.no_grad():
-        for layer in (agent["actor"].out, getattr(agent["actor"], "std", None)):
-            if layer:
-                layer.weight.mul_(0.01)
+        agent["actor"].out.weight.mul_(0.01)
+        if args.actor_dist == "normal":
+            agent["actor"].std.weight.mul_(0.01)
         if "vector" in shapes:
-            model.decoder.mlp_out.weight.mul_(0.1)
+            model.decoder.mlp[1].weight.mul_(0.1)
     agent["slow_critic"].requires_grad_(False)
     if args.compile:
         model.rssm.obs_step = torch.compile(model.rssm.obs_step)
@@ -721,11 +720,11 @@ def make_agent(shapes, args):
 def init(layer):
     """Weights of a truncated normal with the variance of one over the inputs."""
     if isinstance(layer, BlockLinear):
-        inputs = layer.blocks * layer.weight.shape[-1]
+        inputs = layer.blocks * layer.weight.shape[-1]  # of all blocks
+    elif isinstance(layer, nn.ConvTranspose2d):
+        inputs = layer.weight[:, 0].numel()  # its weight is (in, out, 5, 5)
     else:
         inputs = layer.weight[0].numel()
-        if isinstance(layer, nn.ConvTranspose2d):  # its weight is (in, out, 5, 5)
-            inputs = layer.weight[:, 0].numel()
     std = 1.1368 / math.sqrt(inputs)  # what is cut off takes variance away
     nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std)
     nn.init.zeros_(layer.bias)
@@ -736,13 +735,16 @@ class LaProp(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr, agc, warmup, beta1=0.9, beta2=0.999, eps=1e-20):
         settings = {"lr": lr, "agc": agc, "warmup": warmup}
-        super().__init__(parameters, settings | {"beta1": beta1, "beta2": beta2, "eps": eps})
+        settings |= {"beta1": beta1, "beta2": beta2, "eps": eps}
+        settings["capturable"] = True  # a resumed run keeps the number of the step on the GPU
+        super().__init__(parameters, settings)
 
     @torch.no_grad()
     def step(self):
         """The n-th step; the first one has rate 0 and only fills the averages."""
-        [group] = self.param_groups
-        beta1, beta2 = group["beta1"], group["beta2"]
+        group = self.param_groups[0]
+        beta1 = group["beta1"]
+        beta2 = group["beta2"]
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -752,12 +754,18 @@ class LaProp(torch.optim.Optimizer):
                 state["square"] = torch.zeros_like(p)
                 state["momentum"] = torch.zeros_like(p)
             n = state["step"].add_(1)
+            # Cut the gradient relative to its weight.
             limit = group["agc"] * p.norm().clamp(min=1e-3)
             grad = p.grad / (p.grad.norm() / limit).clamp(min=1)
-            square = state["square"].lerp_(grad.square(), 1 - beta2) / (1 - beta2**n)
+            # Divide it by the root of its mean square.
+            state["square"].lerp_(grad.square(), 1 - beta2)
+            square = state["square"] / (1 - beta2**n)
             grad = grad / (square.sqrt() + group["eps"])
-            momentum = state["momentum"].lerp_(grad, 1 - beta1) / (1 - beta1**n)
-            p -= group["lr"] * ((n - 1) / group["warmup"]).clamp(max=1) * momentum
+            # Average what came of it.
+            state["momentum"].lerp_(grad, 1 - beta1)
+            momentum = state["momentum"] / (1 - beta1**n)
+            rate = group["lr"] * ((n - 1) / group["warmup"]).clamp(max=1)
+            p -= rate * momentum
 
 
 def make_optimizer(agent, args):
@@ -830,13 +838,12 @@ def resolve_auto(args, device, discrete):
     args.units = args.units or units
     args.classes = args.classes or classes
     args.cnn_depth = args.cnn_depth or depth
-    for name in ("deter", "cnn_depth"):
-        size = getattr(args, name) * (4 * 16 if name == "cnn_depth" else 1)
-        if size % args.blocks:
-            flag = runtime.flag_name(name)
-            raise UserError(
-                f"{flag} {getattr(args, name)} has to be a multiple of --blocks {args.blocks}"
-            )
+    if args.deter % args.blocks:
+        raise UserError(f"--deter {args.deter} has to be a multiple of --blocks {args.blocks}")
+    if 4 * args.cnn_depth % args.blocks:
+        raise UserError(
+            f"4 * --cnn-depth {args.cnn_depth} is no multiple of --blocks {args.blocks}"
+        )
 
 
 def first_update(args):
@@ -861,7 +868,8 @@ def replay_capacity(args):
     needed = first_update(args) // envs
     if needed > rows:
         flags = f"--batch-length {args.batch_length} with --batch-size {args.batch_size}"
-        raise UserError(f"{flags} takes {needed} rows, --replay-size leaves an environment {rows}")
+        rest = f"--replay-size and --total-frames leave an environment {rows}"
+        raise UserError(f"{flags} takes {needed} rows, {rest}")
     return rows
 
 
@@ -941,23 +949,24 @@ def main(args):
         # step, frames and replay know nothing of it: it can be dropped at any time.
         while True:
             finished = step >= total_steps  # then this turn learns what is owed and reports
-            learning = step >= first_update(args)
+            learning = step >= first_update(args) and len(replay) >= args.batch_length
 
             # Act: environments begin a step, a reset where an episode has ended. The seed of
             # the noise follows from the step: a dropped one does not shift later draws.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
-                    if envs.all_ended:
-                        action = envs.random_actions()  # which a reset ignores
-                    else:
+                    if not envs.all_ended:
                         action, state = act(row, state)
+                    else:
+                        action = envs.random_actions()  # which a reset ignores
                 envs.send(action)
 
             # Learn while they step. A resumed run makes up for updates that a signal prevented.
             owed = updates_owed(step, args)
             while learning and updates < owed and not interrupt.agreed():
-                losses = learn(replay.sample(batch_size, args.batch_length, fresh_first=True))
-                rate = args.slow_rate if updates else 1.0
+                batch = replay.sample(batch_size, args.batch_length, fresh_first=True)
+                losses = learn(batch)
+                rate = args.slow_rate if updates else 1.0  # at first it becomes a copy
                 follow(agent["slow_critic"], agent["critic"], rate)
                 metrics.record(losses, updates)
                 updates += 1
@@ -980,6 +989,8 @@ def main(args):
                     logger.bar.close()
                     runtime.print_evaluation(run, returns, cut)
             if due(args.log_every) and updates:
+                if last_report == 0:
+                    envs.warn_if_endless()
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
             if args.video_every and due(args.video_every) and learning and "image" in shapes:
                 with runtime.forked_rng("video", args.seed):

@@ -308,6 +308,16 @@ def process_mean(x):
     return x + (mean - x).detach() if x.requires_grad else mean
 
 
+def process_cat(x):
+    """The tensors of all processes, one after another along the first axis."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    with explain_lost_process():
+        dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def average_gradients(parameters):
     """Puts the mean over all processes in place of each gradient."""
     if WORLD > 1:
@@ -518,7 +528,7 @@ def write_args(run, args):
 def describe(args, device, agent, replay, observations, updates):
     """Prints what a run consists of; observations: a line of text; updates: of the whole run."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
-    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
     gib = sum(data.nbytes for data in replay.data.values()) / 2**30
     processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
     print(f"{args.env_id} on {device} in {args.precision}{processes}: {observations}")

@@ -67,7 +67,7 @@ def test_the_networks_have_as_many_parameters_as_the_authors(size, shapes, discr
 def test_weights_have_the_variance_of_one_over_the_inputs_and_some_outputs_begin_small():
     x = v3(BOTH, discrete=False, deter=64, hidden=48, units=96, cnn_depth=8, blocks=4)
     zero = {"world_model.reward.out", "critic.out", "slow_critic.out"}
-    small = {"actor.out": 0.01, "actor.std": 0.01, "world_model.decoder.mlp_out": 0.1}
+    small = {"actor.out": 0.01, "actor.std": 0.01, "world_model.decoder.mlp.1": 0.1}
     checked = 0
     for name, layer in x.agent.named_modules():
         if not hasattr(layer, "bias") or layer.bias is None:
@@ -109,7 +109,7 @@ def test_the_encoder_halves_images_and_the_decoder_doubles_them():
 
 
 def test_a_norm_is_that_of_the_root_mean_square_over_units_or_channels():
-    dense = dreamerv3.RMSNorm(5)
+    dense = dreamerv3.RMSNorm(5, channels_first=False)
     dense.weight.data = torch.arange(1.0, 6)
     x = torch.randn(3, 5)
     close(dense(x), x / (x.square().mean(-1, keepdim=True) + 1e-4).sqrt() * dense.weight)

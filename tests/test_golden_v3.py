@@ -21,13 +21,14 @@ UNITS = dict(np.load(GOLDEN / "dreamerv3_units.npz"))
 LAYERS = {  # the authors' layers and ours; a layer's norm lies one further
     "rssm": {
         "deter_in": "deter_in.0", "stoch_in": "stoch_in.0", "action_in": "action_in.0",
-        "gru_in0": "gru_in.0", "gru": "gru", "img_out0": "img_out.0.0.0",
-        "img_out1": "img_out.0.1.0", "img_dist": "img_out.1", "obs_out0": "obs_out.0.0.0",
+        "gru_in0": "gru_in.0", "gru": "gru", "img_out0": "img_out.0.0",
+        "img_out1": "img_out.1.0", "img_dist": "img_out.2", "obs_out0": "obs_out.0.0",
         "obs_dist": "obs_out.1",
     },
     "decoder": {
-        "deter": "deter", "stoch0": "stoch.0.0", "stoch1": "stoch.1", "space_norm": "space.0",
-        "conv4": "conv.4", "mlp_out": "mlp_out",
+        "deter": "deter_in", "stoch0": "stoch_in.0.0", "stoch1": "stoch_in.1",
+        "space_norm": "norm.0", "conv4": "conv.4", "mlp_out": "mlp.1", "mlp0": "mlp.0.0.0",
+        "mlp1": "mlp.0.1.0", "mlp2": "mlp.0.2.0",
     },
 }  # fmt: skip
 
@@ -39,11 +40,10 @@ def our_name(name):
     norm = layer.endswith("_norm") and layer != "space_norm"
     layer = layer.removesuffix("_norm") if norm else layer
     index = re.search(r"\d*$", layer).group()
-    first = 1 if layer.startswith("conv") and module == "encoder" and index != "0" else 0
     known = LAYERS.get(module, {}).get(layer)
     if known is None and index:
         kind_of = "conv" if layer.startswith("conv") else "mlp"
-        known = f"{kind_of}.{index}.{first}"
+        known = f"{kind_of}.{index}.0"
     layer = known or layer
     if norm:
         layer, _, last = layer.rpartition(".")
@@ -273,7 +273,7 @@ def test_mixed_categoricals_equal_the_authors():
 def test_gaussians_equal_the_authors():
     mean = torch.tanh(unit("normal/raw_mean"))
     std = 0.9 * torch.sigmoid(unit("normal/raw_std") + 2) + 0.1
-    dist = dreamerv3.Normal(mean, std)
+    dist = td.Independent(td.Normal(mean, std), 1)
     assert distance(dist.log_prob(unit("normal/x")), UNITS["normal/log_prob"]) < 1e-5
     assert distance(dist.entropy(), UNITS["normal/entropy"]) < 1e-5
 
