@@ -88,6 +88,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     reward_transform: Literal["none", "tanh"] = "tanh"  # of rewards, before learning
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 10.0  # weight of the discount loss
+    vector_scale: Weight = 1.0  # weight of the loss of vectors
     kl_scale: Weight = 0.1  # beta, the weight of the KL
     free_nats: Weight = 3.0  # nats of KL that cost nothing, of the mean over the batch
     # --- behavior ---
@@ -488,7 +489,9 @@ class WorldModel(nn.Module):
             losses["discount"] = F.binary_cross_entropy_with_logits(self.discount(feat), target)
         kl = self.rssm.kl(post, prior)  # (T, B)
         losses["kl"] = runtime.process_mean(kl.mean()).clamp(min=args.free_nats)
-        scale = {"discount": args.discount_scale, "kl": args.kl_scale}
+        scale = {
+            "vector": args.vector_scale, "discount": args.discount_scale, "kl": args.kl_scale,
+        }  # fmt: skip
         loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()

@@ -87,6 +87,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     reward_head: Literal["normal", "twohot"] = "normal"  # what predicts rewards; twohot: 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 5.0  # weight of the discount loss
+    vector_scale: Weight = 1.0  # weight of the loss of vectors
     kl_scale: Weight = 0.1  # beta, the weight of the KL
     kl_balance: Share = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
     free_nats: Weight = 0.0  # nats of KL that cost nothing
@@ -550,7 +551,9 @@ class WorldModel(nn.Module):
             target = args.gamma * (1 - batch["is_terminal"])
             losses["discount"] = F.binary_cross_entropy_with_logits(self.discount(feat), target)
         losses["kl"], kl = self.kl_loss(post, prior)
-        scale = {"discount": args.discount_scale, "kl": args.kl_scale}
+        scale = {
+            "vector": args.vector_scale, "discount": args.discount_scale, "kl": args.kl_scale,
+        }  # fmt: skip
         loss = sum(scale.get(k, 1.0) * v for k, v in losses.items())
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {"losses/model": loss}
         metrics["model/kl"] = kl.mean()

@@ -548,7 +548,8 @@ def print_estimate(update, agent, optimizers, updates):
     agent, optimizers = copy.deepcopy((agent, optimizers))
     with forked_rng("estimate"):
         seconds = timed(update, agent, optimizers)
-        if seconds < 1:  # the first one also takes the time to get ready
+        # The first one also takes the time to get ready. An update is one of all processes.
+        if max(all_gather(seconds)) < 1:
             seconds = timed(update, agent, optimizers)
     day = 24 * 60 * 60
     hint = "; --env-id CartPole-v1 takes ten minutes" if updates * seconds > day else ""

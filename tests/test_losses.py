@@ -50,7 +50,9 @@ def test_kl_of_the_posterior_from_the_prior_is_summed_over_latents_and_trains_bo
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("transform", ["tanh", "none"])
 def test_model_loss_is_the_sum_of_its_scaled_parts(script, transform, head):
-    options = {"kl_scale": 0.3, "discount_scale": 4.0, "gamma": 0.9, "discount_head": head}
+    scale = {"kl": 0.3, "discount": 4.0, "vector": 7.0}
+    options = {f"{k}_scale": v for k, v in scale.items()}
+    options |= {"gamma": 0.9, "discount_head": head}
     if script is dreamerv2:
         options["kl_balance"] = 0.5  # the gradient is that of the KL as it is
     x, batch = make(script, SHAPES, reward_transform=transform, **options), make_batch(SHAPES)
@@ -70,7 +72,7 @@ def test_model_loss_is_the_sum_of_its_scaled_parts(script, transform, head):
     if head:
         prob, target = model.discount(feat).sigmoid(), 0.9 * (1 - batch["is_terminal"])
         parts["discount"] = -(target * prob.log() + (1 - target) * (1 - prob).log()).mean()
-    total = sum({"kl": 0.3, "discount": 4}.get(k, 1) * v for k, v in parts.items())
+    total = sum(scale.get(k, 1) * v for k, v in parts.items())
     wanted = {f"losses/{k}": v for k, v in parts.items()} | {"losses/model": total, "model/kl": kl}
     for name, stats in (("post", post), ("prior", prior)):
         wanted[f"model/{name}_entropy"] = distribution(script, stats).entropy().sum() / steps
