@@ -259,7 +259,7 @@ class SameDeconv(nn.ConvTranspose2d):
 
 
 class Decoder(nn.Module):
-    """(..., F) -> dict of image (..., C, 64, 64) in [0, 1], vector (..., V) in symlog space."""
+    """(..., F) -> dict of image (..., C, 64, 64), vector (..., V) in symlog space."""
 
     def __init__(self, feat_size, shapes, args):
         super().__init__()
@@ -289,7 +289,7 @@ class Decoder(nn.Module):
         if self.image:
             deter, stoch = feat.flatten(0, -2).tensor_split([self.deter], -1)
             x = (self.deter_in(deter) + self.stoch_in(stoch)).unflatten(-1, (-1, 4, 4))
-            x = self.conv(self.norm(x)).float().sigmoid()
+            x = self.conv(self.norm(x)).float().sigmoid() - 0.5
             recon["image"] = x.unflatten(0, feat.shape[:-1])
         if self.vector:
             recon["vector"] = self.mlp(feat).float()
@@ -565,7 +565,7 @@ class WorldModel(nn.Module):
         feat = self.rssm.feat(post)  # (T, B, F)
         losses = {}
         for key, recon in self.decoder(feat).items():
-            target = batch[key].float() / 255 if key == "image" else symlog(batch[key])
+            target = pixels(batch[key]) if key == "image" else symlog(batch[key])
             square = (recon - target).square().flatten(2)  # (T, B, ...)
             if key == "vector":
                 square = torch.where(square < 1e-8, 0.0, square)
@@ -594,7 +594,7 @@ class WorldModel(nn.Module):
         states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
-        model = self.decoder(self.rssm.feat(stack(states)))["image"]
+        model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
         truth = pixels(batch["image"]) + 0.5
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 

@@ -88,7 +88,7 @@ def load_run(folder, script=None, env_id=None, cuda=True):
     folder = Path(folder)
     with runtime.explain(f"{folder} is no run folder", Exception):
         name = yaml.safe_load((folder / "args.yaml").read_text())["exp_name"]
-    if script is None and not re.fullmatch(r"dreamerv[12]", str(name)):
+    if script is None and not re.fullmatch(r"dreamerv[123]", str(name)):
         raise runtime.UserError(f"{folder} is of {name}, no script of ours: give --script")
     module = load_script(script or ROOT / f"{name}.py")
     argv = ["--evaluate", str(folder)]
@@ -160,7 +160,8 @@ def tensors(batch, device):
 
 def rewards(run, batch):
     """Rewards as the model learns them."""
-    return torch.tanh(batch["reward"]) if run.args.reward_transform == "tanh" else batch["reward"]
+    tanh = getattr(run.args, "reward_transform", "none") == "tanh"  # V3 takes them as they are
+    return torch.tanh(batch["reward"]) if tanh else batch["reward"]
 
 
 @torch.no_grad()
@@ -249,13 +250,19 @@ def horizon_curves(run, batch, horizon, images=256):
             picked = torch.as_tensor(rng.permutation(int(valid.sum()))[:images])
             recon = run.model.decoder(feat[valid][picked])
             for key in keys:
-                pixel = run.script.pixels if key == "image" else torch.Tensor.float
-                now = pixel(batch[key][h:][valid][picked])
-                before = pixel(batch[key][: length - h][valid][picked])
+                now = reconstructed(run, key, batch[key][h:][valid][picked])
+                before = reconstructed(run, key, batch[key][: length - h][valid][picked])
                 axes = tuple(range(1, now.ndim))
                 note(key, (recon[key] - now).square().sum(axes).mean())
                 note(f"{key}_trivial", (before - now).square().sum(axes).mean())
     return curves
+
+
+def reconstructed(run, key, truth):
+    """An observation as the decoder has it; V3's gives symlog of vectors."""
+    if key == "image":
+        return run.script.pixels(truth)
+    return run.script.symlog(truth) if hasattr(run.script, "symlog") else truth
 
 
 def evidence(batch):
@@ -271,7 +278,7 @@ def sight(run, batch):
     post, _ = observe(run, batch)
     shares = {}
     for key, recon in run.model.decoder(run.rssm.feat(post)).items():
-        truth = run.script.pixels(batch[key]) if key == "image" else batch[key]
+        truth = reconstructed(run, key, batch[key])
         spread = (truth - truth.mean((0, 1))).square().mean()
         shares[key] = float(1 - (recon - truth).square().mean() / spread.clamp(min=1e-12))
     return shares
@@ -334,7 +341,8 @@ def imagined_returns(run, post, is_terminal, horizon):
 
     # With reinforce no gradient is kept; the returns are the same.
     changes = {"imag_horizon": max(2, horizon), "actor_grad": "reinforce"}
-    args = type(run.args)(**vars(run.args) | changes)
+    kept = vars(run.args)
+    args = type(run.args)(**kept | {k: v for k, v in changes.items() if k in kept})
     run.script.lambda_return = record
     try:
         behavior_loss(run, post, is_terminal, args)
@@ -504,7 +512,7 @@ def health(run, batch):
     model_loss.backward()
     norms = {f"world_model.{k}": gradient_norm(m) for k, m in run.model.named_children()}
     run.agent.zero_grad()
-    actor_loss, critic_loss, _ = behavior_loss(run, post, batch["is_terminal"], run.args)
+    actor_loss, critic_loss, *_ = behavior_loss(run, post, batch["is_terminal"], run.args)
     for name, loss in {"actor": actor_loss, "critic": critic_loss}.items():
         loss.backward(inputs=[*run.agent[name].parameters()], retain_graph=True)
         norms[name] = gradient_norm(run.agent[name])
