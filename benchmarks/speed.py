@@ -92,7 +92,8 @@ def prepare(work):
     size = work["actions"]
     shapes = {k: tuple(v) for k, v in work["shapes"].items()} | {"action": (size,)}
     agent = module.make_agent(shapes, args).to(device)
-    optimizers = module.make_optimizers(agent, args)
+    make = getattr(module, "make_optimizers", None) or module.make_optimizer  # V3 has one
+    optimizers = make(agent, args)
     model = agent["world_model"]
     record = partial(runtime.Captured, device=device, enabled=work["mode"] != "eager")
 

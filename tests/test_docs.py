@@ -29,6 +29,7 @@ from helpers.processes import start
 import common
 import dreamerv1
 import dreamerv2
+import dreamerv3
 import runtime
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,7 @@ README = ROOT / "README.md"
 PAGES = {path: path.read_text() for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
 DOCS = {path.name: text for path, text in PAGES.items()}
 SCRIPTS = [dreamerv1, dreamerv2]
+ALL = [*SCRIPTS, dreamerv3]
 # Flags of torchrun and other programs that the text names.
 FOREIGN_FLAGS = {"--max-restarts", "--logdir"}
 # Networks and runs of a second or two, for either script.
@@ -195,7 +197,7 @@ def names_in(text):
 def test_every_flag_that_a_page_names_exists(path):
     tools = [tool.read_text() for tool in (ROOT / "benchmarks").glob("*.py")]
     known = {flag for text in tools for flag in re.findall(r'argument\("(--[a-z-]+)', text)}
-    known |= set.union(*map(flags_of, SCRIPTS))
+    known |= set.union(*map(flags_of, ALL))
     text = PAGES[path]
     added = re.findall(r"^\+    (\w+): .*  # ", text, re.M)  # by the diffs that are printed
     known |= {f"--{name.replace('_', '-')}" for name in added}
@@ -225,14 +227,19 @@ def test_what_is_said_of_one_script_alone_names_its_flags(script):
 
 
 def test_every_function_that_the_details_name_exists():
-    both, one, two = re.split(r"\n## In .*\n", DOCS["details.md"])[1:]
-    for text, scripts in ((both, SCRIPTS), (one, [dreamerv1]), (two, [dreamerv2])):
+    sections = re.split(r"\n## In .*\n", DOCS["details.md"])[1:]
+    every, twins, one, two, three = sections
+    of = (ALL, SCRIPTS, [dreamerv1], [dreamerv2], [dreamerv3])
+    for text, scripts in zip(sections, of, strict=True):
         names = names_in(text)
         assert len(names) >= 8
         for name in names:
             assert all(exists(name, script) for script in scripts), name
     assert flags_in(one) <= flags_of(dreamerv1)
     assert flags_in(two) <= flags_of(dreamerv2)
+    assert flags_in(three) <= flags_of(dreamerv3)
+    assert flags_in(twins) <= flags_of(dreamerv1) | flags_of(dreamerv2)
+    assert flags_in(every) <= set.intersection(*map(flags_of, ALL))
 
 
 def test_the_details_are_numbered_and_counted():
@@ -246,13 +253,13 @@ def test_every_function_that_the_equations_name_exists():
     _, *rows = cells(section.strip().split("\n\n")[0])
     for *row, where in rows:
         for part in where.split(";"):
-            only = part.strip()[:2]  # V1 or V2, if one alone has it
+            # V3 alone, or V1 and V2, if not all have it
+            said = re.match(r"\s*(V\d)(?: and (V\d))?", part)
+            only = set(said.groups()) if said else {"V1", "V2", "V3"}
             for name in set(re.findall(r"`([\w.]+)`", part)) - {"critic"}:
                 name = {"WorldModel.reward": "Head", "WorldModel.discount": "Head"}.get(name, name)
-                if only != "V2":
-                    assert exists(name, dreamerv1), (row, name)
-                if only != "V1":
-                    assert exists(name, dreamerv2), (row, name)
+                for i, script in enumerate(ALL, 1):
+                    assert f"V{i}" not in only or exists(name, script), (row, name, script)
     assert len(rows) > 15
 
 

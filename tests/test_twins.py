@@ -1,4 +1,7 @@
-"""dreamerv1.py and dreamerv2.py are twins: their diff is what the second paper changed."""
+"""dreamerv1.py and dreamerv2.py are twins: their diff is what the second paper changed.
+
+dreamerv3.py keeps their order and names as far as the third paper left them.
+"""
 
 import ast
 import re
@@ -8,10 +11,12 @@ from pathlib import Path
 
 import dreamerv1
 import dreamerv2
+import dreamerv3
 
 ROOT = Path(__file__).parent.parent
 ONE = (ROOT / "dreamerv1.py").read_text()
 TWO = (ROOT / "dreamerv2.py").read_text()
+THREE = (ROOT / "dreamerv3.py").read_text()
 ONLY_ONE = {"explore"}
 ONLY_TWO = {
     *("TwoHotHead", "TwoHotHead.__init__", "TwoHotHead.forward", "TwoHotHead.loss"),
@@ -157,3 +162,51 @@ def test_the_docs_list_every_definition_and_flag_that_changed_and_no_other():
     names = {name for name in names if name not in ("Args", "DMC", "SMALL")}
     names = {name for name in names if not name.startswith(("TwoHotHead.", "TruncNormal."))}
     assert set.union(*listed) == names | flags
+
+
+# DreamerV3
+
+
+def changed_by_the_third_paper():
+    """Definitions that only one of dreamerv2.py and dreamerv3.py has, or that differ."""
+    two = definitions(TWO)
+    three = definitions(THREE)
+    return {name for name in set(two) | set(three) if two.get(name) != three.get(name)}
+
+
+def test_the_third_script_keeps_the_order_of_what_it_keeps():
+    two = definitions(TWO)
+    three = definitions(THREE)
+    assert [k for k in two if k in three] == [k for k in three if k in two]
+    kept = set(two) & set(three)
+    same = {name for name in kept if two[name] == three[name]}
+    assert {"RSSM.initial", "RSSM.img_step", "RSSM.obs_step", "RSSM.kl", "OneHot.rsample"} <= same
+    assert {"pixels", "stack", "detach", "policy"} <= same
+
+
+def test_the_docs_list_what_the_third_paper_changed_and_nothing_else():
+    text = (ROOT / "docs" / "v2-to-v3.md").read_text()
+    text = " ".join(re.sub(r"```.*?```", "", text, flags=re.S).split())
+    places = re.findall(r"\(((?:`[\w.-]+`(?:, )?)+)\)", text)
+    listed = {name for place in places for name in re.findall(r"`([^`]+)`", place)}
+    two = asdict(dreamerv2.Args())
+    three = asdict(dreamerv3.Args())
+    flags = {name for name in set(two) | set(three) if two.get(name) != three.get(name)}
+    flags -= {"env_id", "exp_name"}
+    flags = {f"--{name.replace('_', '-')}" for name in flags}
+    names = changed_by_the_third_paper()
+    new = {name for name in names if f"\nclass {name}(" in THREE and f"class {name}" not in TWO}
+    old = {name for name in names if f"\nclass {name}" in TWO and f"class {name}(" not in THREE}
+    whole = new | old  # the methods of a class that only one has count as the class
+    names = {name for name in names if name.split(".")[0] not in whole or name in whole}
+    names = {name for name in names if not name.startswith(("from ", "import "))}
+    assert {name for name in listed if name.startswith("--")} == flags
+    listed = {name for name in listed if not name.startswith("--")}
+    assert {name for name in listed if not name.startswith(("common.", "runtime."))} == names
+
+
+def test_the_diff_to_the_third_script_is_no_longer_than_what_the_paper_changed():
+    command = ["diff", "dreamerv2.py", "dreamerv3.py"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    out, into = changed(text)
+    assert 500 < len(out) + len(into) <= 770, f"{len(out) + len(into)} changed lines"
