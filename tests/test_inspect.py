@@ -343,8 +343,8 @@ def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(fold
         assert sentence in done.stdout
         assert sentence in page.replace("&#x27;", "'")
     assert len(told["fresh"]["reward"]) <= 9
-    assert told["reward_errors"]["replay"].keys() == {"1", "4", "5", "mean"}
-    assert told["reward_errors"]["replay"]["5"] == told["replay"]["reward"][5]
+    assert {"1", "mean"} <= told["reward_errors"]["replay"].keys() <= {"1", "4", "5", "mean"}
+    assert told["reward_errors"]["replay"]["1"] == told["replay"]["reward"][1]
     assert 0 <= told["health"]["collapsed"] <= 1
     assert f"{told['replay_optimism']:+.0%}" in page
     assert f"{told['optimism']['value']:.2f}" in page
@@ -373,7 +373,8 @@ def test_a_run_that_still_trains_is_inspected_and_trains_on(tmp_path):
     assert process.returncode == 143
     told = json.loads((tmp_path / "run" / "report.json").read_text())
     assert told["updates"] > 0
-    assert {"1", "4", "5", "mean"} == told["reward_errors"]["replay"].keys()
+    # Where the model takes all episodes for ended, there is nothing further to compare.
+    assert {"1", "mean"} <= told["reward_errors"]["replay"].keys() <= {"1", "4", "5", "mean"}
     assert np.isfinite(told["replay_optimism"])
     assert 0 <= told["health"]["collapsed"] <= 1
 
