@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.agents import (
     A, B, C, D, K, N, S, T, close, copied, make, make_batch, make_optimizers, observe,
-    random_state, row_of, update,
+    one_update, random_state, row_of, update,
 )  # fmt: skip
 from torch import nn
 
@@ -276,6 +276,34 @@ def test_the_replay_critic_learns_nothing_from_the_last_row_of_an_episode(monkey
     assert weights.sum() == errors.numel() - 1
     # Row 1 of that sequence gets the reward of the terminal row and nothing of what follows it.
     assert seen["ret"][1, 1] == batch["reward"][2, 1]
+
+
+@pytest.mark.usefixtures("smooth")
+@pytest.mark.parametrize("discrete", [True, False])
+def test_losses_in_bfloat16_are_close_and_statistics_in_float32(discrete):
+    full = one_update(dreamerv3, discrete)
+    half = one_update(dreamerv3, discrete, precision="bfloat16")
+    assert half != full
+    for key in ("model", "vector", "reward", "discount", "dyn", "critic", "replay_critic"):
+        assert math.isclose(half[f"losses/{key}"], full[f"losses/{key}"], rel_tol=0.03), key
+    x = v3(BOTH, discrete=discrete)
+    batch = make_batch(BOTH, discrete=discrete)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, post, metrics = x.world_model.loss(batch)
+        feat = x.rssm.feat(post)
+        policy = x.actor(feat)
+        spread = policy.logits if discrete else policy.stddev
+        values = (loss, spread, x.critic(feat), *post.values(), *metrics.values())
+    assert all(value.dtype == torch.float32 for value in values)
+
+
+def test_a_resumed_optimizer_keeps_its_count_where_the_weights_are():
+    weight = nn.Parameter(torch.ones(3, device="meta"))
+    saved = {"step": torch.tensor(7.0), "square": torch.ones(3), "momentum": torch.ones(3)}
+    optimizer = dreamerv3.LaProp([weight], 1e-3, 0.3, 10)
+    state = optimizer.state_dict() | {"state": {0: saved}}
+    optimizer.load_state_dict(state)
+    assert {value.device.type for value in optimizer.state[weight].values()} == {"meta"}
 
 
 # Acting and schedule

@@ -19,7 +19,7 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import agents
-from helpers.agents import SCRIPTS, SHAPES, A, B, T, V
+from helpers.agents import SHAPES, TWINS, A, B, T, V
 from helpers.processes import start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -354,7 +354,7 @@ SHORT_RUN = """--env-id CartPole-v1 --num-envs 2 --total-frames 90 --prefill 40 
 
 def run_here(script, flags, folder):
     """A short run in this process, with RUN in `folder` -> rows of metrics without clocks."""
-    module = SCRIPTS[script]
+    module = TWINS[script]
     argv = f"{SHORT_RUN} {flags} --resume {folder}".split()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -369,7 +369,7 @@ def run_here(script, flags, folder):
 
 
 @pytest.mark.usefixtures("streams")
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TWINS)
 def test_a_run_has_the_same_numbers_recorded_or_not_or_if_that_fails(
     script, monkeypatch, tmp_path, capsys
 ):
@@ -395,7 +395,7 @@ def lose_the_gpu(script, folder):
             run_here(script, "--checkpoint-every 10", Path(folder))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TWINS)
 def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_without(script, tmp_path):
     folder = tmp_path / "run"
     code = f"from test_equal_results import lose_the_gpu; lose_the_gpu({script!r}, {str(folder)!r})"
@@ -437,7 +437,7 @@ def test_fake_tensors_find_a_function_that_waits_for_the_device():
 # bfloat16, and steps that are compiled
 
 
-@agents.every_script
+@agents.both_twins
 @pytest.mark.usefixtures("smooth")
 @pytest.mark.parametrize("discrete", [True, False])
 def test_bfloat16_losses_are_close_to_float32_on_the_cpu(script, discrete):
@@ -450,7 +450,7 @@ def test_bfloat16_losses_are_close_to_float32_on_the_cpu(script, discrete):
         assert math.isclose(half[key], full[key], rel_tol=0.2, abs_tol=0.02), key
 
 
-@agents.every_script
+@agents.both_twins
 def test_states_statistics_and_losses_are_float32_under_bfloat16(script):
     x = agents.make(script, SHAPES, actor_dist="tanh_normal")
     batch = agents.make_batch(SHAPES)
@@ -492,7 +492,7 @@ def test_fifty_updates_in_bfloat16_lose_as_much_as_in_float32(kind):
         assert not torch.equal(ours, theirs)  # or nothing was in bfloat16
 
 
-@agents.every_script
+@agents.both_twins
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_gradients_in_bfloat16_are_those_of_float32_however_many_rows_they_sum(script, norm):
     """Within 2 %. Torch's own layer norm is off by several times on a CPU, with 5,000 rows."""
@@ -533,7 +533,7 @@ def test_fifty_updates_with_compiled_steps_have_the_losses_of_plain_ones(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TWINS)
 def test_a_run_with_compile_learns(script, tmp_path):
     flags = "--env-id CartPole-v1 --total-frames 1100 --eval-episodes 1 --pretrain 3 --compile"
     process = start(f"{script}.py", flags, tmp_path)
@@ -581,7 +581,7 @@ def timed_run(script, flags, folder, monkeypatch):
     """A run with slow environments -> rows of metrics, when steps and updates were under way."""
     steps = folder.with_suffix(".steps")
     monkeypatch.setenv("STEPS_FILE", str(steps))
-    module = SCRIPTS[script]
+    module = TWINS[script]
     original = module.update
     updates = []
 
@@ -604,7 +604,7 @@ def overlaps(steps, updates):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TWINS)
 def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatch, tmp_path):
     plain, steps, updates = timed_run(script, "", tmp_path / "plain", monkeypatch)
     assert len(steps) >= 90
