@@ -585,14 +585,13 @@ def mixed_steps(rows, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_policy_is_learned_from_random_and_mixed_steps(script, tmp_path, monkeypatch, capsys):
+def test_a_policy_is_learned_from_random_and_mixed_steps(tmp_path, monkeypatch, capsys):
     assert len([line for line in FROM_DATA.splitlines() if line]) <= 40
     monkeypatch.chdir(tmp_path)
     assert mixed_steps(4000, seed=1) < 150  # the mean length of an episode
-    program(FROM_DATA, Path(script.__name__))
+    program(FROM_DATA.replace("range(3000)", "range(2000)"), Path("dreamerv2"))
     returns = [float(line) for line in capsys.readouterr().out.split()]
-    assert len(returns) == 6
+    assert len(returns) == 4
     assert max(returns) >= 200, returns
 
 
