@@ -591,8 +591,10 @@ def print_variation(args, returns):
     run = from_start(args.evaluate)
     trained = yaml.safe_load((run / "args.yaml").read_text())
     changed = [name for name in VARIATION if getattr(args, name) != trained[name]]
+    if not changed or RANK:
+        return
     evaluated = evaluations(run)
-    if not changed or not evaluated or RANK:
+    if not evaluated:
         return
     flags = [" ".join(f"{flag_name(k)} {x[k]}" for k in changed) for x in (trained, vars(args))]
     means = [evaluated[-1]["eval/episodic_return"], returns.mean()]
@@ -605,11 +607,13 @@ def print_variation(args, returns):
 
 def evaluations(run):
     """The rows of metrics.jsonl that have a return of evaluated episodes."""
+    tag = "eval/episodic_return"
     rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last one may be half written
+    path = run / "metrics.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # half written, or damaged
             rows.append(json.loads(line))
-    return [row for row in rows if "eval/episodic_return" in row]
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get(tag), float)]
 
 
 def resume_command(run, env_id):

@@ -133,6 +133,14 @@ def test_an_evaluation_elsewhere_stands_beside_that_of_the_training(
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def test_lines_of_a_log_that_cannot_be_read_count_for_nothing(tmp_path):
+    assert runtime.evaluations(tmp_path) == []
+    good = b'{"frames": 10, "eval/episodic_return": 4.5}'
+    bad = [b"\xe4\xff", b"[1]", b"7", b'{"eval/episodic_return": "x"}', b'{"eval/epis']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*bad[:3], good, *bad[3:]]))
+    assert runtime.evaluations(tmp_path) == [{"frames": 10, "eval/episodic_return": 4.5}]
+
+
 @pytest.mark.parametrize(("env_id", "said"), [
     ("Acrobot-v1", r"learned from vector \(4,\), Acrobot-v1 has vector \(6,\)"),
     ("Pendulum-v1", "--actor-dist onehot is not for Pendulum-v1's actions"),
