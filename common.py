@@ -105,9 +105,10 @@ def read_keywords(text, taken):
     """The keywords of --env-kwargs, JSON, of which none may be among those taken."""
     try:
         keywords = json.loads(text)
-        assert isinstance(keywords, dict)
-    except (ValueError, AssertionError):
-        raise UserError(f'--env-kwargs {text} is no JSON object such as {{"g": 5}}') from None
+    except ValueError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise UserError(f'--env-kwargs {text} is no JSON object such as {{"g": 5}}')
     both = [name for name in keywords if name in taken]
     if both:
         raise UserError(f"--env-kwargs cannot set {both[0]}, it is {taken[both[0]]}")

@@ -754,7 +754,7 @@ def main(args):
     shapes = eval_envs.shapes
     precision = args.precision
     resolve_auto(args, device, eval_envs.discrete)
-    config = asdict(args) | {"precision": precision}  # on the next machine it may be another one
+    config = asdict(args) | {"precision": precision}  # as given: a run may move to a GPU
     agent = make_agent(shapes, args).to(device)
     optimizers = make_optimizers(agent, args)
     rssm = agent["world_model"].rssm

@@ -222,8 +222,9 @@ def keep_freed_memory():
 def choose_products():
     """How float32 matrices are multiplied: in TF32 on GPUs that have it, in float32 on CPUs.
 
-    On AMD processors oneDNN does it in half of MKL's time. torch takes oneDNN only where it may
-    round to bfloat16, which it does on other processors alone; that it does not is tried here.
+    On AMD processors oneDNN takes half of MKL's time. torch hands it float32 matrices only if it
+    is allowed to round them to bfloat16. Whether it does depends on the processor, so one product
+    is compared with the exact one, and MKL stays if it was rounded.
     """
     torch.set_float32_matmul_precision("high")
     cpu = Path("/proc/cpuinfo")
@@ -391,9 +392,10 @@ def parse_args(cls, presets, choose_preset, argv=None):
     exists = run and not (given.resume and is_free(run))
     if exists:
         default = read_args(cls, run)
-        # An agent can be evaluated on another id, whose module the command line names.
-        other = given.evaluate and given.env_id != cls.env_id
-        if ":" in default["env_id"] and given.env_id != default["env_id"] and not other:
+        same_id = given.env_id == default["env_id"]
+        # An agent can be evaluated on another id; then the folder's own module is not imported.
+        elsewhere = given.evaluate and given.env_id != cls.env_id
+        if ":" in default["env_id"] and not (same_id or elsewhere):
             raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
     else:
         default = {"env_id": given.env_id, **presets[choose_preset(given)]}
@@ -450,7 +452,8 @@ def check_shapes(run, shapes, env_id):
     learned = read_shapes(run)
     for name in [*learned, *shapes]:
         if learned.get(name) != shapes.get(name):
-            had, has = (f"{name} {x.get(name, 'none')}" for x in (learned, shapes))
+            had = f"{name} {learned.get(name, 'none')}"
+            has = f"{name} {shapes.get(name, 'none')}"
             raise UserError(f"{shown(run)} learned from {had}, {env_id} has {has}")
 
 
@@ -591,29 +594,27 @@ def print_variation(args, returns):
     run = from_start(args.evaluate)
     trained = yaml.safe_load((run / "args.yaml").read_text())
     changed = [name for name in VARIATION if getattr(args, name) != trained[name]]
-    if not changed or RANK:
-        return
-    evaluated = evaluations(run)
-    if not evaluated:
-        return
-    flags = [" ".join(f"{flag_name(k)} {x[k]}" for k in changed) for x in (trained, vars(args))]
-    means = [evaluated[-1]["eval/episodic_return"], returns.mean()]
-    counts = [trained["eval_episodes"], len(returns)]
-    width = max(map(len, flags))
-    tqdm.write(f"{'':{width + 10}}    return  episodes")
-    for said, name, mean, count in zip(("learned", "played"), flags, means, counts, strict=True):
-        tqdm.write(f"{said:10}{name:{width}}{mean:10.3f}{count:10}")
-
-
-def evaluations(run):
-    """The rows of metrics.jsonl that have a return of evaluated episodes."""
     tag = "eval/episodic_return"
+    evaluated = [row[tag] for row in read_log(run) if isinstance(row.get(tag), float)]
+    if not changed or not evaluated or RANK:
+        return
+    learned = " ".join(f"{flag_name(name)} {trained[name]}" for name in changed)
+    played = " ".join(f"{flag_name(name)} {getattr(args, name)}" for name in changed)
+    width = max(len(learned), len(played))
+    tqdm.write(f"{'':{width + 10}}    return  episodes")
+    tqdm.write(f"learned   {learned:{width}}{evaluated[-1]:10.3f}{trained['eval_episodes']:10}")
+    tqdm.write(f"played    {played:{width}}{returns.mean():10.3f}{len(returns):10}")
+
+
+def read_log(run):
+    """The rows of metrics.jsonl, dicts, without lines that are half written or damaged."""
+    path = Path(run) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
-    path = run / "metrics.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # half written, or damaged
+    for line in lines:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get(tag), float)]
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def resume_command(run, env_id):

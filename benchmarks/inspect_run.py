@@ -12,7 +12,6 @@ holds is executed: the script is this repository's own of the run's name, or the
 
 import argparse
 import base64
-import contextlib
 import html
 import io
 import json
@@ -94,7 +93,7 @@ def verdict(numbers):
 def faults(numbers):
     """What points to an error in a model, a loss or a setting: a list of sentences.
 
-    docs/health.md has the rules. Where there is little evidence there is no fault.
+    Where there is little evidence there is no fault.
     """
     said = []
     horizon = numbers["imag_horizon"]
@@ -510,10 +509,7 @@ def main(argv=None):
         runtime.save_gif(path, frames)
         print(path)
         return
-    log = []
-    for line in (args.run / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last one may be half written
-            log.append(json.loads(line))
+    log = runtime.read_log(args.run)
     numbers, fresh, windows = measure(run, args.episodes, args.horizon)
     page = report(run, numbers, fresh, windows, log)
     (args.run / "report.json").write_text(json.dumps(numbers, indent=1))
