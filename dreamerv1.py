@@ -134,8 +134,9 @@ SMALL = {
     "total_frames": 30_000, "action_repeat": 1, "time_limit": 0, "threads": 1, "prefill": 1000,
     "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "cnn_depth": 16, "units": 128,
     "layers": 2, "act": "silu", "norm": "layer", "reward_transform": "none", "train_every": 5,
-    "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "log_every": 1000, "eval_every": 5000,
-    "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
+    "model_lr": 5e-4, "actor_lr": 1e-4, "critic_lr": 5e-4, "vector_scale": 100.0,
+    "imag_horizon": 20, "log_every": 1000, "eval_every": 1000, "eval_episodes": 20,
+    "video_every": 5000, "checkpoint_every": 10_000,
     "stoch": 16, "discount_layers": 2, "critic_layers": 2, "cnn_act": "silu", "free_nats": 0.0,
     "expl_decay": 3000, "train_steps": 1,
 }  # fmt: skip

@@ -17,7 +17,6 @@ median. Dotted: random play and people, where known.
 
 import argparse
 import csv
-import statistics
 import sys
 from pathlib import Path
 
@@ -28,13 +27,11 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent))
 import records
 
-COLORS = {"dreamerv1": "tab:blue", "dreamerv2": "tab:orange"}
-GROUPS = {
-    "cpu": "On a CPU", "gpu": "On a GPU", "bfloat16": "With bfloat16, on a CPU",
-    "fast": "With bfloat16, compiled steps and overlapped environments, on a CPU",
-    "processes": "With two processes, on a CPU",
-    "horizon": "Half and twice the horizon, on a CPU",
+COLORS = {
+    "dreamerv1": "tab:blue", "dreamerv2": "tab:orange", "dreamerv3": "tab:green",
+    "benchmarks/without_memory": "tab:gray",
 }  # fmt: skip
+GROUPS = {"cpu": "On a CPU", "gpu": "On a GPU"}
 ABOUT = """# Learning curves
 
 This file, the plots and the table of [results](../docs/results.md) are written by
@@ -72,11 +69,6 @@ often it accuses the innocent, and how small a loss it finds.
 
 ![All curves](plots/overview.png)
 """
-STATISTICS = (records.held, records.area)
-FINDING = """\
-Improvement survives a halved horizon on both tasks, where all seeds end as well as with the
-preset's H or better; on CartPole the way there is longer. Twice the horizon ends as well, and on
-Pendulum it learns in the fewest frames, each update at a higher cost in time."""
 
 
 def published():
@@ -148,36 +140,10 @@ def between(text, name, new=None):
     return old if new is None else f"{before}{begin}{new}\n{end}{after}"
 
 
-def by_horizon(tasks):
-    """Lists of the tasks that differ in their horizon alone, in rising order."""
-    worlds = {}
-    for task in tasks:
-        if base := task.get("horizon_of"):
-            worlds.setdefault(base, [t for t in tasks if t["name"] == base]).append(task)
-    for chosen in worlds.values():
-        chosen.sort(key=lambda task: task["card"]["args"]["imag_horizon"])
-    return worlds
-
-
-def horizons(tasks):
-    """What each horizon gives: a table of means over the seeds."""
-    lines = ["| task | H | seeds | held, mean | area under the training curve, mean |"]
-    lines.append("|---|---|---|---|---|")
-    for base, chosen in by_horizon(tasks).items():
-        for task in chosen:
-            seeds = task["curves"].values()
-            frames = min(map(records.last_frame, seeds))
-            facts = (statistics.mean(f(r, frames) for r in seeds) for f in STATISTICS)
-            cells = [f"`{base}`", str(task["card"]["args"]["imag_horizon"]), str(len(seeds))]
-            lines.append(f"| {' | '.join([*cells, *map(records.shown, facts)])} |")
-    return "\n".join(lines)
-
-
 def write_tables(tasks):
     """Writes benchmarks/README.md and the table of docs/results.md."""
     results = records.ROOT / "docs" / "results.md"
-    main = [task for task in tasks if task["group"] in ("cpu", "gpu")]
-    results.write_text(between(results.read_text(), "results", table(main, "../benchmarks/")))
+    results.write_text(between(results.read_text(), "results", table(tasks, "../benchmarks/")))
     (records.ROOT / "benchmarks" / "README.md").write_text(report(tasks))
 
 
@@ -189,8 +155,6 @@ def report(tasks):
         if not chosen:
             continue
         parts.append(f"## {title}\n\n{table(chosen, '')}\n")
-        if group == "horizon":
-            parts.append(f"![Horizons](plots/horizon.png)\n\n{horizons(tasks)}\n\n{FINDING}\n")
         for task in chosen:
             runs = task["card"]["runs"]
             parts.append(f"### {task['name']}\n\n```\n{task['card']['command']}\n```\n")
@@ -216,13 +180,13 @@ def draw_seeds(axis, seeds, color, label):
     axis.plot(grid, mean, color=color, linewidth=2, label=label)
 
 
-def draw(axis, task, color, label=None, band=True):
+def draw(axis, task):
     """Draws a task's seeds and mean, and the authors' band."""
     seeds = [evaluations(rows) for rows in task["curves"].values()]
-    draw_seeds(axis, seeds, color, label or task["script"])
+    draw_seeds(axis, seeds, COLORS[task["script"]], task["script"])
     last = max(x[-1] for x, _ in seeds)
     rows = [row for row in authors(task) if row["env_frames"] <= 1.3 * last]
-    if rows and band:
+    if rows:
         x, low, high = ([row[k] for row in rows] for k in ("env_frames", "min", "max"))
         axis.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0)
         middle = [row["median"] for row in rows]
@@ -284,34 +248,24 @@ def draw_runs(paths):
 
 
 def write_plots(tasks, out):
-    """A PNG for each task, one of all and one of the horizons."""
+    """A PNG for each task and one of all."""
     for task in tasks:
         figure = Figure(figsize=(5, 3.4))
         axis = figure.subplots()
-        draw(axis, task, COLORS[task["script"]])
+        draw(axis, task)
         finish(axis, task)
         save(figure, out / f"{task['name']}.png")
 
     worlds = {}
     for task in tasks:
-        if task["group"] in ("cpu", "gpu"):
-            pixels = task["card"]["args"]["observation"], task["card"]["args"]["pixels"]
-            worlds.setdefault((task["env_id"], pixels), []).append(task)
+        pixels = task["card"]["args"]["observation"], task["card"]["args"]["pixels"]
+        worlds.setdefault((task["env_id"], pixels), []).append(task)
     figure, axes = panels(len(worlds))
     for axis, chosen in zip(axes, worlds.values(), strict=True):
         for task in chosen:
-            draw(axis, task, COLORS[task["script"]])
+            draw(axis, task)
         finish(axis, chosen[0])
     save(figure, out / "overview.png")
-
-    if worlds := by_horizon(tasks):
-        figure = Figure(figsize=(4.6 * len(worlds), 3.3))
-        axes = figure.subplots(1, len(worlds), squeeze=False)
-        for axis, chosen in zip(axes.flat, worlds.values(), strict=True):
-            for task, color in zip(chosen, ("tab:green", "tab:orange", "tab:red"), strict=False):
-                draw(axis, task, color, f"H = {task['card']['args']['imag_horizon']}", band=False)
-            finish(axis, chosen[0])
-        save(figure, out / "horizon.png")
 
 
 def main(argv=None):

@@ -4,6 +4,9 @@ A curve has a row per training episode and per evaluation. A card has the comman
 hyperparameter, and for each seed its commit, device, versions and hours. Both of a task lie in
 one folder under the name of the task; a seed that is recorded again replaces its earlier rows.
 
+The losses and other metrics of a task's runs lie in a folder beside that of the curves, `metrics`,
+in a CSV with a row for each time that a run wrote them.
+
 A curve is judged by `held`, the mean of the evaluations in the last third of its frames, and by
 `area`, the area under its training episodes. `worst`, the lowest of those evaluations, is shown.
 """
@@ -35,6 +38,7 @@ COLUMNS = [
     "script", "commit", "env_id", "seed", "env_frames", "updates", "episode_return", "kind",
     "wall_hours",
 ]  # fmt: skip
+METRICS = ("losses/", "model/", "imag/", "grad_norm")  # tags of what an update reports
 PACKAGES = ["torch", "numpy", "gymnasium", "dm_control", "mujoco", "ale-py"]
 THREADS = threading.Lock()  # for a lock on a file holds between processes alone
 
@@ -209,20 +213,15 @@ def device(cuda=True):
     return f"{os.cpu_count()} cores of {name}"
 
 
-def launcher(processes):
-    """What stands between python and the script to start several processes of it."""
-    if processes == 1:
-        return []
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-
-
-def command(script, args, processes=1):
+def command(script, args):
     """The command line of a run: its id and what differs from the preset, without the seed."""
     module = load_script(script)
     chosen = import_module("common").choose_preset(SimpleNamespace(**args))
     default = asdict(module.Args()) | module.PRESETS[chosen]
     default |= {k: args[k] for k in ("env_id", "seed")}
-    words = ["python", *launcher(processes), f"{script.name} --env-id {args['env_id']}"]
+    own = script.resolve().is_relative_to(ROOT)
+    name = script.resolve().relative_to(ROOT) if own else script.name
+    words = [f"python {name} --env-id {args['env_id']}"]
     for key, value in args.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool) and value != default[key]:
@@ -248,16 +247,10 @@ def add(run, name, script, folder, commits):
     seed = args["seed"]
     curves = read_curve(path) if path.exists() else {}
     curves[seed] = [row | {"script": script.stem, "commit": commits[-1]} for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for key in sorted(curves):
-        writer.writerows(curves[key])
 
     path = path.with_suffix(".yaml")
     card = yaml.safe_load(path.read_text()) if path.exists() else {"runs": []}
     told = card.get("args", {})
-    processes = 1 + len([*Path(run).glob("rank*")])
     others = [k for k in told.keys() & args.keys() if k != "seed" and told[k] != args[k]]
     if others and list(card["runs"]) != [r for r in card["runs"] if r["seed"] == seed]:
         raise ValueError(f"{path} is of runs with another {', '.join(others)}")
@@ -270,17 +263,54 @@ def add(run, name, script, folder, commits):
         "final_eval_return": rounded(round(final(log), 3)),
     }  # fmt: skip
     card = {
-        "command": f"{command(script, args, processes)} --seed SEED",
+        "command": f"{command(script, args)} --seed SEED",
         "runs": [runs[key] for key in sorted(runs)],
         "args": {k: v for k, v in args.items() if k != "seed"},
     }
     write(path, yaml.safe_dump(card, sort_keys=False, width=100))
-    write(path.with_suffix(".csv"), text.getvalue())
+    add_metrics(log, seed, folder.parent / "metrics" / f"{name}.csv")
+    write_csv(path.with_suffix(".csv"), curves, COLUMNS)
     return path.with_suffix(".csv")
+
+
+def add_metrics(log, seed, path):
+    """Adds what a run logged of its updates, to four digits, to the CSV of its task."""
+    seeds = read_metrics(path) if path.exists() else {}
+    seeds[seed] = []
+    for logged in log:
+        values = {k: f"{v:.4g}" for k, v in logged.items() if k.startswith(METRICS)}
+        if values:
+            at = {"seed": seed, "env_frames": logged["frames"], "updates": logged["updates"]}
+            seeds[seed].append(at | values)
+    at = ["seed", "env_frames", "updates"]
+    tags = {tag for rows in seeds.values() for row in rows for tag in row} - {*at}
+    write_csv(path, seeds, at + sorted(tags))
+
+
+def read_metrics(path):
+    """Rows of a CSV of metrics, by seed in rising order, each a dict with numbers as numbers."""
+    seeds = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            row = {k: float(v) for k, v in row.items() if v}
+            row |= {k: int(row[k]) for k in ("seed", "env_frames", "updates")}
+            seeds.setdefault(row["seed"], []).append(row)
+    return dict(sorted(seeds.items()))
+
+
+def write_csv(path, seeds, columns):
+    """Rows by seed, in rising order of the seeds."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for seed in sorted(seeds):
+        writer.writerows(seeds[seed])
+    write(path, text.getvalue())
 
 
 def write(path, text):
     """The whole text or, if something comes between, the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f"{path.suffix}.new")
     new.write_text(text)
     new.replace(path)

@@ -36,17 +36,16 @@ OWN = [records.ROOT / "dreamerv1.py", records.ROOT / "dreamerv2.py"]
 class Job:
     """A task with a seed, in a folder of its own; called, it runs and returns the exit code."""
 
-    def __init__(self, name, script, flags, seed, args, processes=1):
+    def __init__(self, name, script, flags, seed, args):
         self.name = name
         self.script = script
         self.seed = seed
         self.curves = args.curves
-        self.processes = processes
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
         self.run = self.folder / "run"
         # The scripts are told how many cores are theirs; presets of small networks take one.
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs // processes))
+        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
         self.environ = {} if args.cluster else {"OMP_NUM_THREADS": threads}
         self.process = None
         self.stopped = False
@@ -56,8 +55,7 @@ class Job:
 
     def command(self):
         """Begins the run or goes on with it, whichever it takes."""
-        begin = [sys.executable, *records.launcher(self.processes), str(self.script)]
-        return [*begin, "--resume", self.run.name, *self.flags]
+        return [sys.executable, str(self.script), "--resume", self.run.name, *self.flags]
 
     def what(self):
         """The script and its flags, as a line."""
@@ -152,9 +150,8 @@ def plan(args):
     if not chosen:
         sys.exit(f"error: name a task, a group ({', '.join(groups)}) or --scripts and --env-ids")
     # Seeds outside, so that every task has a first curve before any has a second.
-    several = {name: task.get("processes", 1) for name, task in known.items()}
     return [
-        Job(name, script, flags + args.flags, seed, args, several.get(name, 1))
+        Job(name, script, flags + args.flags, seed, args)
         for seed in args.seeds
         for name, (script, flags) in chosen.items()
     ]
