@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cv2
+import health
 import instruments as tools
 import torch
 
@@ -168,6 +169,17 @@ def description(numbers):
     if 0.25 < numbers["health"]["collapsed"] < 1:
         said.append(f"{numbers['health']['collapsed']:.0%} of the latents never change.")
     return said
+
+
+def beside_good_runs(script, env_id, log):
+    """Where the logged metrics leave the range of pinned runs, or why this cannot be said."""
+    try:
+        said = health.outside(script, env_id, log)
+    except ValueError as error:
+        return [f"Not compared with good runs: {error}."]
+    return [f"Outside of good runs: {line}." for line in said] or [
+        "No metric leaves the range of good runs."
+    ]
 
 
 # Pictures
@@ -462,6 +474,8 @@ def report(run, numbers, fresh, windows, log):
         ("of the latest ones", f"{numbers['recent_log_likelihood']:.2f}"),
         ("dreamt states far from all that was seen", f"{numbers['drift']['far']:.0%}"),
     ]))  # fmt: skip
+    parts.append("<h2>Metrics beside those of good runs</h2>")
+    parts.append(f"<p>{'<br>'.join(map(html.escape, numbers['outside']))}</p>")
     parts.append("<h2>Latents</h2>")
     parts.append(figure(draw_latents(run, fresh), "The posterior in an episode."))
     parts.append(rows([
@@ -511,13 +525,14 @@ def main(argv=None):
         return
     log = runtime.read_log(args.run)
     numbers, fresh, windows = measure(run, args.episodes, args.horizon)
+    numbers["outside"] = beside_good_runs(numbers["script"], numbers["env_id"], log)
     page = report(run, numbers, fresh, windows, log)
     (args.run / "report.json").write_text(json.dumps(numbers, indent=1))
     (args.run / "report.html").write_text(page)
     (args.run / "videos").mkdir(exist_ok=True)
     drawn = [cv2.imdecode(np.frombuffer(x, np.uint8), 1) for x in draw_horizons(numbers)]
     cv2.imwrite(str(args.run / "videos" / "horizons.png"), cv2.vconcat(drawn))
-    print(*numbers["verdict"], args.run / "report.html", sep="\n")
+    print(*numbers["verdict"], *numbers["outside"], args.run / "report.html", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""Says where the metrics of a run leave the range of good runs.
+
+    python benchmarks/health.py RUN    a line for each metric that does; exit code 1 if there is one
+    python benchmarks/health.py        writes the tables of docs/health.md
+
+Good runs are the pinned ones of benchmarks/curves, whose metrics are in benchmarks/metrics, if they
+held at least 90 % of what the best seed of their task gained over random play. Runs are compared at
+three stages, after so many updates, by the median of what was logged within a quarter of that
+number. The range of a metric reaches from the lowest to the highest of the good runs, and by half
+its width further on either side, for there are few of them. A run of a pinned task is compared with
+the runs of its task, any other one with all runs of its script, and then only in what does not
+depend on the units of rewards and observations.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import plot
+import records
+
+import runtime
+
+STAGES = (1000, 3000, 5900)  # updates
+METRICS = records.ROOT / "benchmarks" / "metrics"
+
+# What each metric means where it is too low and too high, and what to try first.
+MEANING = {
+    "losses/image": (
+        "", "the images are not learnt, or are more varied: look at the open-loop video"
+    ),
+    "losses/vector": (
+        "", "vectors are not learnt: bring their entries to the order of 1, raise --vector-scale"
+    ),
+    "losses/reward": (
+        "", "rewards are not foretold, or are large: scale them, or --reward-transform tanh"
+    ),
+    "losses/discount": (
+        "", "ends are not foretold: see that the environment says terminated, not truncated"
+    ),
+    "losses/kl": (
+        "the posterior tells nothing new: see losses/vector or losses/image",
+        "the prior does not follow: raise --kl-scale, lower --model-lr",
+    ),
+    "model/post_entropy": (
+        "", "latents are not used: lower --kl-scale, raise --vector-scale"
+    ),
+    "model/prior_entropy": (
+        "", "what comes next is not foretold: train for longer, raise --batch-length"
+    ),
+    "imag/actor_entropy": (
+        "the policy is certain too early: raise --actor-entropy, lower --actor-lr",
+        "the policy learns nothing from its dreams: see imag/return, raise --actor-lr",
+    ),
+    "imag/discount": (
+        "dreams end early: see losses/discount", "dreams do not end: see losses/discount"
+    ),
+    "value / return": (
+        "the critic lags behind: raise --critic-lr",
+        "the critic promises too much: lower --critic-lr or --slow-update",
+    ),
+    "slow / value": (
+        "the slow critic lags behind: lower --slow-update", "the same, while values fall"
+    ),
+    "grad_norm/model": ("", "rare large losses: lower --model-lr or --clip"),
+    "grad_norm/actor": ("the actor is not driven: see imag/actor_entropy", "lower --actor-lr"),
+    "grad_norm/critic": ("", "lower --critic-lr"),
+}  # fmt: skip
+# What does not depend on units of rewards and observations, and on the size of networks.
+COMPARABLE = ("losses/kl", "imag/discount", "value / return", "slow / value")
+
+
+def with_ratios(row):
+    """A logged row, and how values stand to the returns that they are trained on.
+
+    A value's distance from the return is divided by the return, or by 1 if that is smaller.
+    """
+    row = dict(row)
+    if "imag/value" in row and "imag/return" in row:
+        scale = max(1.0, abs(row["imag/return"]))
+        row["value / return"] = 1 + (row["imag/value"] - row["imag/return"]) / scale
+        if "imag/slow_value" in row:
+            row["slow / value"] = 1 + (row["imag/slow_value"] - row["imag/value"]) / scale
+    return row
+
+
+def stages(rows):
+    """The medians of each metric near each stage that was reached: {stage: {metric: value}}."""
+    found = {}
+    for stage in STAGES:
+        near = [with_ratios(row) for row in rows if abs(row["updates"] - stage) <= stage / 4]
+        values = {tag: [row[tag] for row in near if tag in row] for tag in MEANING}
+        found[stage] = {tag: float(np.median(seen)) for tag, seen in values.items() if seen}
+    return {stage: values for stage, values in found.items() if values}
+
+
+def good_seeds(name, curves=records.CURVES):
+    """The seeds of a pinned task that held 90 % of what the best one gained over random play."""
+    seeds = records.read_curve(Path(curves) / f"{name}.csv")
+    held = {seed: records.held(rows, records.last_frame(rows)) for seed, rows in seeds.items()}
+    random = np.nanmean([records.untrained(rows) for rows in seeds.values()])
+    enough = random + 0.9 * (max(held.values()) - random)
+    return [seed for seed, value in held.items() if value >= enough]
+
+
+def good_runs(script, metrics=METRICS, curves=records.CURVES):
+    """What the good runs of a script logged: {env_id: [stages of a run]}."""
+    found = {}
+    for name, task in records.tasks().items():
+        path = Path(metrics) / f"{name}.csv"
+        if task["script"] == script and path.exists():
+            logs = records.read_metrics(path)
+            found[task["env_id"]] = [stages(logs[seed]) for seed in good_seeds(name, curves)]
+    return found
+
+
+def ranges(runs):
+    """The lowest and highest of each metric at each stage: {stage: {metric: (low, high)}}."""
+    found = {stage: {} for stage in STAGES}
+    for stage in STAGES:
+        for tag in MEANING:
+            seen = [run[stage][tag] for run in runs if tag in run.get(stage, {})]
+            if seen:
+                found[stage][tag] = (min(seen), max(seen))
+    return found
+
+
+def outside(script, env_id, rows):
+    """Where a run leaves the range of good runs, as lines for people.
+
+    script: the script's name; rows: what the run logged. Raises ValueError, a line for people, if
+    there is nothing to compare.
+    """
+    good = good_runs(script)
+    if not good:
+        raise ValueError(f"no run of {script} is pinned")
+    reached = stages(rows)
+    if not reached:
+        raise ValueError(f"nothing was logged near {STAGES[0]:,} updates yet")
+    same = good.get(env_id)
+    chosen = ranges(same or [run for runs in good.values() for run in runs])
+    said = []
+    for stage, values in reached.items():
+        for tag in MEANING if same else COMPARABLE:
+            if tag not in values or tag not in chosen[stage]:
+                continue
+            low, high = chosen[stage][tag]
+            slack = (high - low) / 2
+            too_low, too_high = values[tag] < low - slack, values[tag] > high + slack
+            meaning = MEANING[tag][0] if too_low else MEANING[tag][1]
+            if (too_low or too_high) and meaning:
+                said.append(
+                    f"{tag} is {values[tag]:.3g} after {stage:,} updates, good runs have"
+                    f" {low:.3g} to {high:.3g}: {meaning}"
+                )
+    return said
+
+
+def table(runs):
+    """Markdown rows of the ranges of a task's good runs."""
+    found = ranges(runs)
+    lines = [
+        "| metric | " + " | ".join(f"{stage:,}" for stage in STAGES) + " |",
+        "|---|---|---|---|",
+    ]
+    for tag in MEANING:
+        cells = [found[stage].get(tag) for stage in STAGES]
+        if any(cells):
+            cells = [f"{cell[0]:.3g} to {cell[1]:.3g}" if cell else "-" for cell in cells]
+            lines.append(f"| `{tag}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def meanings():
+    """Markdown rows of what each metric means."""
+    lines = ["| metric | too low | too high |", "|---|---|---|"]
+    lines += [f"| `{tag}` | {low or '-'} | {high or '-'} |" for tag, (low, high) in MEANING.items()]
+    return "\n".join(lines)
+
+
+def tables():
+    """Markdown of the ranges of all pinned tasks."""
+    parts = []
+    for script in ("dreamerv1", "dreamerv2", "dreamerv3"):
+        for env_id, runs in good_runs(script).items():
+            parts.append(f"### {script} on {env_id}, {len(runs)} runs\n\n{table(runs)}\n")
+    return "\n".join(parts)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", nargs="?", type=Path)
+    args = parser.parse_args(argv)
+    if args.run is None:
+        path = records.ROOT / "docs" / "health.md"
+        text = plot.between(path.read_text(), "meanings", meanings())
+        path.write_text(plot.between(text, "ranges", tables()))
+        return 0
+    try:
+        told = yaml.safe_load((args.run / "args.yaml").read_text())
+        said = outside(told["exp_name"], told["env_id"], runtime.read_log(args.run))
+    except (ValueError, KeyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*(said or ["no metric leaves the range of good runs"]), sep="\n")
+    return 1 if said else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

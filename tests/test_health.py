@@ -1,0 +1,120 @@
+"""Metrics of a run beside those of good runs, and the page that tells their ranges."""
+
+import csv
+from pathlib import Path
+
+import health
+import plot
+import pytest
+import records
+
+ROOT = Path(__file__).parent.parent
+
+
+def log(updates, **values):
+    """A row of a run's log, after so many updates."""
+    return {"frames": 5 * updates, "updates": updates} | values
+
+
+def test_a_stage_is_the_median_of_what_was_logged_near_it():
+    rows = [log(u, **{"losses/kl": u / 1000}) for u in range(200, 4200, 200)]
+    found = health.stages(rows)
+    assert found.keys() == {1000, 3000}  # 5,900 was not reached
+    assert found[1000] == {"losses/kl": 1.0}  # of 800, 1,000 and 1,200
+    assert found[3000] == {"losses/kl": 3.0}  # of 2,400 to 3,600
+
+
+@pytest.mark.parametrize(
+    ("value", "ret", "expected"), [(40.0, 50.0, 0.8), (-60.0, -50.0, 0.8), (0.3, 0.1, 1.2)]
+)
+def test_a_value_is_measured_by_the_return_that_it_is_trained_on(value, ret, expected):
+    row = health.with_ratios({"imag/value": value, "imag/return": ret, "imag/slow_value": value})
+    assert row["value / return"] == pytest.approx(expected)
+    assert row["slow / value"] == 1
+
+
+@pytest.fixture
+def pinned(tmp_path, monkeypatch):
+    """Three seeds of CartPole: two good ones, and one that lost what it had learned."""
+    for folder in ("curves", "metrics"):
+        (tmp_path / folder).mkdir()
+    name = "dreamerv2-CartPole-v1"
+    runs = {11: (500.0, 2.0, 20.0), 12: (480.0, 4.0, 30.0), 13: (90.0, 100.0, 900.0)}
+    curve = {}
+    for seed, (ret, kl, grad) in runs.items():
+        at = {"seed": seed, "wall_hours": 0, "env_id": "CartPole-v1"}
+        curve[seed] = [
+            at | {"env_frames": 20, "updates": 0, "episode_return": 20.0, "kind": "train"},
+            at | {"env_frames": 5000, "updates": 1000, "episode_return": ret, "kind": "eval"},
+        ]
+        rows = [log(1000, **{"losses/kl": kl, "grad_norm/critic": grad})]
+        records.add_metrics(rows, seed, tmp_path / "metrics" / f"{name}.csv")
+    records.write_csv(tmp_path / "curves" / f"{name}.csv", curve, records.COLUMNS)
+    folders = (tmp_path / "metrics", tmp_path / "curves")
+    monkeypatch.setattr(health.good_runs, "__defaults__", folders)
+    return tmp_path
+
+
+def test_seeds_that_lost_what_they_had_learned_are_not_good(pinned):
+    assert health.good_seeds("dreamerv2-CartPole-v1", pinned / "curves") == [11, 12]
+    assert health.ranges(health.good_runs("dreamerv2")["CartPole-v1"])[1000] == {
+        "losses/kl": (2.0, 4.0), "grad_norm/critic": (20.0, 30.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kl", "grad", "said"),
+    [
+        ("CartPole-v1", 4.9, 34.0, []),  # within half a width of the range
+        ("CartPole-v1", 5.1, 36.0, ["losses/kl is 5.1", "grad_norm/critic is 36"]),
+        ("CartPole-v1", 0.9, 1.0, ["losses/kl is 0.9"]),  # a small gradient is no concern
+        ("my_env:Corridor-v0", 5.1, 36.0, ["losses/kl is 5.1"]),  # gradients have other units there
+    ],
+)
+def test_a_metric_outside_of_the_range_is_named_with_what_to_try(pinned, env_id, kl, grad, said):
+    rows = [log(1000, **{"losses/kl": kl, "grad_norm/critic": grad})]
+    lines = health.outside("dreamerv2", env_id, rows)
+    assert [line.split(" after")[0] for line in lines] == said
+    assert all(" 1,000 updates, good runs have " in line for line in lines)
+    assert all(":" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("script", "rows", "reason"),
+    [
+        ("dreamerv2", [log(100, **{"losses/kl": 1.0})], "nothing was logged near 1,000 updates"),
+        ("mine", [log(1000, **{"losses/kl": 1.0})], "no run of mine is pinned"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(pinned, script, rows, reason):
+    with pytest.raises(ValueError, match=reason):
+        health.outside(script, "CartPole-v1", rows)
+
+
+def test_each_metric_of_the_page_is_one_that_runs_log_and_that_is_explained():
+    logged = set()
+    for path in health.METRICS.glob("dreamerv[12]*.csv"):
+        with open(path, newline="") as file:
+            logged |= set(next(csv.reader(file)))
+    ratios = {"value / return", "slow / value"}
+    assert set(health.MEANING) - ratios <= logged
+    assert set(health.COMPARABLE) <= set(health.MEANING)
+    explained = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"`{tag}`" in explained for tag in set(health.MEANING) - ratios)
+
+
+def test_the_tables_of_the_page_are_those_of_the_pinned_runs():
+    page = (ROOT / "docs" / "health.md").read_text()
+    assert plot.between(page, "meanings") == health.meanings() + "\n"
+    assert plot.between(page, "ranges") == health.tables() + "\n"
+    assert "### dreamerv2 on CartPole-v1" in page
+
+
+def test_no_good_run_is_said_to_leave_the_range():
+    for script in ("dreamerv1", "dreamerv2"):
+        for name, task in records.tasks().items():
+            path = health.METRICS / f"{name}.csv"
+            if task["script"] == script and path.exists():
+                logs = records.read_metrics(path)
+                for seed in health.good_seeds(name):
+                    assert health.outside(script, task["env_id"], logs[seed]) == [], (name, seed)
