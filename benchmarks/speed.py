@@ -53,10 +53,23 @@ WORKLOADS = {
     "W3": {
         "what": "V2, vector of 4, 2 discrete actions, batch 16 x 32, small networks, horizon 10",
         "script": "dreamerv2", "preset": "other",
-        "changes": {"batch_size": 16, "norm": "none", "act": "elu"},  # the networks of the peer
+        # The networks and the horizon of the peer.
+        "changes": {"batch_size": 16, "norm": "none", "act": "elu", "imag_horizon": 10},
         "shapes": {"vector": [4]}, "actions": 2, "discrete": True,
         "env_id": "CartPole-v1",
         "sheeprl": dict(word.split("=") for word in SMALL.split()), "updates": 10,
+    },
+    "W4": {
+        "what": "V3, vector of 4, 2 discrete actions, batch 8 x 32, tiny networks, horizon 10",
+        "script": "dreamerv3", "preset": "other", "changes": {},
+        "shapes": {"vector": [4]}, "actions": 2, "discrete": True,
+        "env_id": "CartPole-v1", "updates": 10,
+    },
+    "W5": {
+        "what": "V3, 64 x 64 x 3, 6 discrete actions, batch 16 x 64, size 12m, horizon 15",
+        "script": "dreamerv3", "preset": "atari", "changes": {"size": "12m"},
+        "shapes": {"image": [3, 64, 64]}, "actions": 6, "discrete": True,
+        "env_id": "PongNoFrameskip-v4", "updates": 1,
     },
     "atari50": {
         "what": "V2, 64 x 64 x 1, 6 discrete actions, batch 50 x 50, horizon 15",
@@ -290,7 +303,7 @@ def measure(name, args, **options):
     """Times a workload -> a report as a dict."""
     work = WORKLOADS[name] | {"threads": args.threads}
     workers = {"ours": ours(name, args, **options)}
-    if args.peer:
+    if args.peer and "sheeprl" in work:
         sizes = {"W1": (50, 50), "W2": (16, 50), "W3": (16, 32)}[name]
         work["sizes"] = dict(zip(("batch_size", "batch_length"), sizes, strict=True))
         peer = [args.peer_python, str(ROOT / "benchmarks" / "speed_sheeprl.py"), json.dumps(work)]
@@ -323,7 +336,7 @@ def measure(name, args, **options):
         worker.close()
     report["limit"]["ms"] = 1000 * report["limit"]["flop"] / report["limit"]["flop/s"]
     report["limit"]["reached"] = round(report["limit"]["ms"] / report["ours"]["ms"]["update"], 3)
-    if args.peer:
+    if "sheeprl" in workers:
         mine, theirs = (report[key]["ms"] for key in workers)
         report["ratio"] = {k: round(mine[k] / theirs[k], 3) for k in ("update", "policy")}
         report["ratio"]["peak memory"] = round(workers["ours"].peak / workers["sheeprl"].peak, 3)
@@ -393,7 +406,7 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="*", help="further things to time, of the update and else")
     parser.add_argument("--scaling", choices=WORKLOADS, help="a workload to enlarge")
     parser.add_argument("--gpu", action="store_true", help="all modes on a GPU")
-    parser.add_argument("--peer", choices=["sheeprl"])
+    parser.add_argument("--peer", choices=["sheeprl"], help="of W1 to W3")
     parser.add_argument("--peer-python", default="python")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
