@@ -5,6 +5,7 @@
     python benchmarks/speed.py --peer sheeprl --peer-python ENV/bin/python
     python benchmarks/speed.py --scaling W3             # the cost of longer, wider, deeper
     python benchmarks/speed.py --gpu --json gpu.json    # all that a GPU is judged by
+    python benchmarks/speed.py --run                    # seconds to a solved task, speed_run.py
 
 With a peer, both run in processes of their own with the same number of threads and take turns, so
 that what else the machine does meets both alike; the ratio is that of the medians. The peer is
@@ -370,8 +371,16 @@ def machine():
 
 def main(args):
     about = machine() | {"threads": args.threads, "mode": args.mode}
-    reports = []
     print(json.dumps(about))
+    if args.run:
+        import speed_run
+
+        script = ROOT / args.run
+        reports = speed_run.measure(script, args.seeds, args.peer and args.peer_python)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"machine": about, "reports": reports}, indent=1))
+        return
+    reports = []
     if args.scaling:
         plan = [(args.scaling, {})]
         for key, values in SCALING.items():
@@ -405,6 +414,10 @@ if __name__ == "__main__":
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--parts", nargs="*", help="further things to time, of the update and else")
     parser.add_argument("--scaling", choices=WORKLOADS, help="a workload to enlarge")
+    parser.add_argument(
+        "--run", nargs="?", const="dreamerv2.py", help="time whole runs of a script"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of --run")
     parser.add_argument("--gpu", action="store_true", help="all modes on a GPU")
     parser.add_argument("--peer", choices=["sheeprl"], help="of W1 to W3")
     parser.add_argument("--peer-python", default="python")

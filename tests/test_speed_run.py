@@ -1,0 +1,44 @@
+"""How whole runs are timed, part by part."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import speed_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_seconds_count_for_the_innermost_part_but_an_evaluation_keeps_its_own(monkeypatch):
+    clock = iter(range(0, 1000, 1))
+    monkeypatch.setattr(time, "time", lambda: next(clock))  # each look at the clock takes a second
+    owner = SimpleNamespace(step=lambda: None)
+    owner.learn = lambda: owner.step()
+    owner.evaluate = lambda: owner.step()
+    shares = speed_run.Shares(began=0)
+    shares.switch("else")
+    shares.wrap(owner, "step", "environment")
+    shares.wrap(owner, "learn", "learning")
+    shares.wrap(owner, "evaluate", "evaluation")
+    owner.learn()
+    owner.evaluate()
+    shares.switch("else")
+    assert shares.seconds == {
+        "import": 0, "else": 3, "learning": 2, "environment": 1, "evaluation": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_is_timed_from_its_cold_start_until_it_has_solved_its_task(monkeypatch):
+    monkeypatch.setitem(speed_run.RUNS, "CartPole-v1", 5.0)  # the first evaluation passes it
+    began = time.time()
+    run = speed_run.time_ours(ROOT / "dreamerv2.py", "CartPole-v1", 1)
+    took = time.time() - began
+    assert run["return"] >= 5
+    assert run["frames"] == 1000
+    assert run["updates"] == 101
+    assert run["seconds"] < took
+    assert run["parts"].keys() >= {"import", "environment", "learning", "evaluation", "logs"}
+    assert sum(run["parts"].values()) == pytest.approx(took, rel=0.1)
+    assert run["parts"]["learning"] > run["parts"]["environment"]
