@@ -784,7 +784,7 @@ class Logger:
         self.run = run
         self.args = args
         self.frames = 0
-        self.learning = None  # whether random play is over
+        self.learning = None  # whether it has begun
         self.since = None  # time, frames and updates when that began, or the run went on
         self.kept = []  # rows of the frame at which a resumed run goes on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
@@ -844,7 +844,7 @@ class Logger:
         if self.learning != (updates > 0):
             self.learning = updates > 0
             self.since = (time.time(), frames, updates)
-            self.bar.set_postfix_str("" if self.learning else "random play", refresh=False)
+            self.bar.set_postfix_str("" if self.learning else "before learning", refresh=False)
         began, old_frames, old_updates = self.since
         seconds = time.time() - began
         speed = (frames - old_frames) / max(seconds, 1e-3)

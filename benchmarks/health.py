@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent))
 import plot
 import records
 
@@ -194,6 +195,7 @@ def tables():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("--like", help="the script whose good runs to compare with")
     args = parser.parse_args(argv)
     if args.run is None:
         path = records.ROOT / "docs" / "health.md"
@@ -202,7 +204,7 @@ def main(argv=None):
         return 0
     try:
         told = yaml.safe_load((args.run / "args.yaml").read_text())
-        said = outside(told["exp_name"], told["env_id"], runtime.read_log(args.run))
+        said = outside(args.like or told["exp_name"], told["env_id"], runtime.read_log(args.run))
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -58,6 +58,8 @@ often it accuses the innocent, and how small a loss it finds.
 | `tasks.yaml` | the tasks whose curves are pinned |
 | `speed.py` | times updates and their parts, beside sheeprl if asked |
 | `speed_sheeprl.py` | the part of it that runs in an environment with sheeprl |
+| `speed_run.py` | times whole runs until their task is solved, for `speed.py --run` |
+| `health.py` | says where a run's metrics leave those of good runs |
 | `inspect_run.py` | writes a page that says how far a run's imagination can be trusted |
 | `instruments.py` | what is measured for that page |
 | `smoke.py` | trains a script for a minute and fails unless it learned |

@@ -414,9 +414,7 @@ if __name__ == "__main__":
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--parts", nargs="*", help="further things to time, of the update and else")
     parser.add_argument("--scaling", choices=WORKLOADS, help="a workload to enlarge")
-    parser.add_argument(
-        "--run", nargs="?", const="dreamerv2.py", help="time whole runs of a script"
-    )
+    parser.add_argument("--run", nargs="?", const="dreamerv2.py", help="time runs of a script")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of --run")
     parser.add_argument("--gpu", action="store_true", help="all modes on a GPU")
     parser.add_argument("--peer", choices=["sheeprl"], help="of W1 to W3")

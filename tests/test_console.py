@@ -67,7 +67,7 @@ def test_the_bar_says_random_play_and_then_the_time_of_the_updates_to_come(tmp_p
         return str(logger.bar)
 
     assert "<?, " in bar(1, 100, 0)
-    assert "<?, 100 frames/s, 0 updates, random play]" in bar(2, 200, 0)
+    assert "<?, 100 frames/s, 0 updates, before learning]" in bar(2, 200, 0)
     assert "<?, 0 frames/s, 1 updates]" in bar(10, 200, 1)
     # It took 8 s for 4 updates, and 45 are to come.
     assert "<01:30, 0 frames/s, 5 updates]" in bar(18, 200, 5)

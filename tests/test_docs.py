@@ -674,14 +674,14 @@ def commands():
 
 
 def scripts_in(words):
-    return [word for word in words if word in ("dreamerv1.py", "dreamerv2.py", "mine.py")]
+    return [word for word in words if re.fullmatch(r"(dreamerv[123]|mine)\.py", word)]
 
 
 def split(words):
     """What starts the script, the module, its flags with what stands for a run put in."""
     [name] = scripts_in(words)
     at = words.index(name)
-    script = dreamerv1 if name == "dreamerv1.py" else dreamerv2
+    script = {"dreamerv1.py": dreamerv1, "dreamerv3.py": dreamerv3}.get(name, dreamerv2)
     flags = [word.replace("$seed", "1") for word in words[at + 1 :]]
     flags = [f"runs/{script.__name__}" if word == "RUN" else word for word in flags]
     return words[:at], script, ["CartPole-v1" if word == "ID" else word for word in flags]
@@ -832,7 +832,7 @@ def test_the_readme_shows_what_a_run_prints(runs, capsys):
 
 def test_the_readme_shows_what_an_evaluation_prints(runs, capsys):
     assert train(dreamerv2, ["--evaluate", str(runs / "dreamerv2")]) == 0
-    told = re.search(r"the last line says `([^`]+)`", PAGES[README])[1]
+    told = re.search(r"[Tt]he last line says `([^`]+)`", PAGES[README])[1]
     assert without_numbers(told).rstrip("s") in without_numbers(capsys.readouterr().out)
 
 

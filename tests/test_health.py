@@ -1,6 +1,9 @@
 """Metrics of a run beside those of good runs, and the page that tells their ranges."""
 
 import csv
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import health
@@ -89,6 +92,25 @@ def test_a_metric_outside_of_the_range_is_named_with_what_to_try(pinned, env_id,
 def test_what_cannot_be_compared_is_said_in_one_line(pinned, script, rows, reason):
     with pytest.raises(ValueError, match=reason):
         health.outside(script, "CartPole-v1", rows)
+
+
+@pytest.mark.parametrize("tool", ["health.py", "inspect_run.py"])
+def test_a_tool_finds_its_modules_when_it_is_started_by_its_path(tool, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / tool), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_a_changed_copy_is_compared_with_the_script_that_it_is_like(pinned, capsys):
+    run = pinned / "run"
+    run.mkdir()
+    (run / "args.yaml").write_text("{exp_name: mine, env_id: CartPole-v1}")
+    (run / "metrics.jsonl").write_text(json.dumps(log(1000, **{"losses/kl": 9.0})) + "\n")
+    assert health.main([str(run)]) == 2
+    assert capsys.readouterr().err == "error: no run of mine is pinned\n"
+    assert health.main([str(run), "--like", "dreamerv2"]) == 1
+    assert capsys.readouterr().out.startswith("losses/kl is 9 after 1,000 updates")
 
 
 def test_each_metric_of_the_page_is_one_that_runs_log_and_that_is_explained():
