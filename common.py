@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import ale_py
@@ -62,8 +62,9 @@ def make_env(args, index, render=False):
     observation = "pixels" if args.pixels else args.observation
     if dm_control and observation == "auto":
         observation = "pixels"
-    renders = render or observation in ("pixels", "both")
-    options = {"render_mode": "rgb_array"} if renders else {}
+    # A game of Atari observes images by itself.
+    draws = render or (observation in ("pixels", "both") and not atari)
+    options = {"render_mode": "rgb_array"} if draws else {}
     env_id = args.env_id
     if dm_control:
         env_id = f"dm_control/{env_id.split('/', 1)[1].removesuffix('-v0')}-v0"
@@ -79,17 +80,16 @@ def make_env(args, index, render=False):
             options["repeat_action_probability"] = args.sticky_prob
     keywords = read_keywords(args.env_kwargs, taken=options)
 
-    if "MUJOCO_GL" not in os.environ and (dm_control or (renders and not atari)):
-        choose_gl(needed=dm_control and renders)
+    if "MUJOCO_GL" not in os.environ and (dm_control or (draws and not atari)):
+        choose_gl(needed=dm_control and draws)
     with explain(f"no {env_id}", Exception, SystemExit):
-        if dm_control:
-            env = gym.make(f"shimmy:{env_id}", disable_env_checker=True, **options, **keywords)
-        elif renders and not render and gives_images(env_id, keywords):
-            env = gym.make(env_id, disable_env_checker=True, **keywords)
-        else:
-            env = gym.make(env_id, disable_env_checker=True, **options, **keywords)
-            if renders and "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise ValueError("it cannot be drawn")
+        if draws and not render and not dm_control and gives_images(env_id, keywords):
+            draws = False
+            options = {}
+        name = f"shimmy:{env_id}" if dm_control else env_id
+        env = gym.make(name, disable_env_checker=True, **options, **keywords)
+        if draws and not dm_control and "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise ValueError("it cannot be drawn")
     if atari:
         env = gym.wrappers.AtariPreprocessing(
             env, noop_max=30, frame_skip=args.action_repeat, screen_size=SIZE,
@@ -124,19 +124,31 @@ def gives_images(env_id, keywords):
     return any(is_image(box) for box in boxes)
 
 
+def shape_text(space):
+    """The shape of a box, as text."""
+    return " x ".join(map(str, space.shape))
+
+
 def is_image(space):
     return space.dtype == np.uint8 and len(space.shape) in (2, 3)
 
 
-def choose_gl(needed):
-    """Sets MUJOCO_GL, if the user did not, to what renders without a screen: EGL or OSMesa."""
+@cache
+def find_gl():
+    """What renders without a screen, EGL or OSMesa, or None; each try takes half a second."""
     probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
     for gl in ("egl", "osmesa"):
         environ = os.environ | {"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
         if subprocess.run(probe, env=environ, capture_output=True).returncode == 0:
-            os.environ.update(environ)
-            return
-    if needed:
+            return gl
+    return None
+
+
+def choose_gl(needed):
+    """Sets MUJOCO_GL, which the user did not, to what renders without a screen."""
+    if gl := find_gl():
+        os.environ.update({"MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl})
+    elif needed:
         hint = "apt-get install libegl1 libgl1, or libosmesa6"
         raise UserError(f"no OpenGL without a screen: {hint}")
 
@@ -188,9 +200,9 @@ class DreamerSpaces(gym.Wrapper):
         if self.vector_keys:
             size = sum(flatdim(boxes[k]) for k in self.vector_keys)
             spaces["vector"] = Box(-np.inf, np.inf, (size,), np.float32)
-        channels = [boxes[k].shape[2:] for k in self.image_keys]
-        sizes = [math.prod(box.shape) for box in boxes.values()]
-        if not spaces or channels not in ([], [()], [(1,)], [(3,)]) or 0 in sizes:
+        empty = any(0 in box.shape for box in boxes.values())
+        odd = any(boxes[k].shape[2:] not in ((), (1,), (3,)) for k in self.image_keys)
+        if not spaces or len(self.image_keys) > 1 or odd or empty:
             wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3)"
             said = f"--observation {observation} does not fit observations {space}"
             raise UserError(f"{said}: {wanted}, is taken")
@@ -206,12 +218,14 @@ class DreamerSpaces(gym.Wrapper):
     def summary(self):
         """What the agent sees and does, in a line."""
         parts = []
-        for name, keys in (("image", self.image_keys), ("vector", self.vector_keys)):
-            if name in self.observation_space.spaces:
-                size = " x ".join(map(str, self.observation_space[name].shape))
-                origin = " x ".join(str(n) for k in keys for n in self.boxes[k].shape)
-                drawn = f" from {origin}" if keys else ", drawn"
-                parts.append(f"{name} {size}{drawn if name == 'image' else ''}")
+        spaces = self.observation_space.spaces
+        if "image" in spaces:
+            origin = ", drawn"
+            if self.image_keys:
+                origin = f" from {shape_text(self.boxes[self.image_keys[0]])}"
+            parts.append(f"image {shape_text(spaces['image'])}{origin}")
+        if "vector" in spaces:
+            parts.append(f"vector {shape_text(spaces['vector'])}")
         kind = "discrete" if isinstance(self.actions, Discrete) else "continuous"
         parts.append(f"{self.action_space.shape[0]} {kind} actions")
         odd = [k for k in self.vector_keys if len(self.boxes[k].shape) == 3]
@@ -223,12 +237,14 @@ class DreamerSpaces(gym.Wrapper):
     @property
     def has_limit(self):
         """Whether something promises that an episode ends, as far as one can know."""
-        if self.limit < math.inf or self.spec is None:
-            return self.limit < math.inf
-        limited = self.spec.namespace in ("dm_control", "ALE")  # by themselves
-        return limited or (self.spec.max_episode_steps or 0) > 0
+        if self.limit < math.inf:
+            return True
+        if self.spec is None:
+            return False
+        ends_by_itself = self.spec.namespace in ("dm_control", "ALE")
+        return ends_by_itself or (self.spec.max_episode_steps or 0) > 0
 
-    def explain_failure(self):
+    def name_failures(self):
         env_id = getattr(self.spec, "id", self.spec)
         return explain_failure(env_id, self.seed, self.index, self.episode - 1)
 
@@ -237,13 +253,13 @@ class DreamerSpaces(gym.Wrapper):
         seed = int(sequence.generate_state(1)[0]) >> 1
         self.episode += 1
         self.steps = 0
-        with self.explain_failure():
+        with self.name_failures():
             obs, _ = self.env.reset(seed=seed, options=options)
             return self.observe(obs), {}
 
     def step(self, action):
         self.steps += 1
-        with self.explain_failure():
+        with self.name_failures():
             obs, reward, terminated, truncated, _ = self.env.step(self.to_action(action))
             reward = np.asarray(reward, np.float64)
             if reward.size != 1 or not np.isfinite(reward).all():
@@ -270,11 +286,12 @@ class DreamerSpaces(gym.Wrapper):
         return np.array(inside, self.actions.dtype).reshape(self.actions.shape)
 
     def observe(self, obs):
-        if isinstance(obs, dict) == (None in self.boxes):
+        space = self.env.observation_space
+        is_dict = isinstance(obs, dict)
+        if is_dict != isinstance(space, Dict):
             kind = type(obs).__name__
-            space = self.env.observation_space
             raise ValueError(f"the observation is a {kind}, its space says {space}")
-        parts = obs if isinstance(obs, dict) else {None: obs}
+        parts = obs if is_dict else {None: obs}
         parts = {k: self.check(k, parts[k]) for k in self.image_keys + self.vector_keys}
         out = {}
         if "image" in self.observation_space.spaces:
@@ -301,7 +318,7 @@ class DreamerSpaces(gym.Wrapper):
         return value
 
     def render(self):
-        with self.explain_failure():
+        with self.name_failures():
             return self.env.render()
 
     def resize(self, image):
@@ -474,8 +491,10 @@ class Envs:
                 raise ChildProcessError("its process died") from None
 
     def render(self):
-        """The images (H, W, 3) of all environments."""
-        return self.vector.render()
+        """The image (H, W, 3) of the first environment."""
+        if self.parallel:  # all of them are asked
+            return self.vector.render()[0]
+        return self.vector.envs[0].render()
 
     def warn_if_endless(self):
         """Says so if no episode has ended so far and nothing promises that one will."""
@@ -552,7 +571,7 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
         row, _ = envs.receive()
         while to_play.any() and not (interrupt and interrupt.received):
             if images and envs.episodes[0] == 1 and not envs.ended[0]:
-                images.add(envs.render()[0])
+                images.add(envs.render())
             action, state = act(row, state)
             envs.send(action)
             row, _ = envs.receive()

@@ -29,7 +29,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributions as td
@@ -135,8 +134,8 @@ SMALL = {
     "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "cnn_depth": 16, "units": 128,
     "layers": 2, "act": "silu", "norm": "layer", "reward_transform": "none", "train_every": 5,
     "model_lr": 5e-4, "actor_lr": 1e-4, "critic_lr": 5e-4, "vector_scale": 100.0,
-    "imag_horizon": 20, "log_every": 1000, "eval_every": 1000, "eval_episodes": 20,
-    "video_every": 5000, "checkpoint_every": 10_000,
+    "log_every": 1000, "eval_every": 1000, "eval_episodes": 20, "video_every": 5000,
+    "checkpoint_every": 10_000,
     "stoch": 16, "discount_layers": 2, "critic_layers": 2, "cnn_act": "silu", "free_nats": 0.0,
     "expl_decay": 3000, "train_steps": 1,
 }  # fmt: skip
@@ -343,7 +342,7 @@ class Actor(nn.Module):
             return OneHot(self.out(x))
         mean = self.out(x).float()
         std = self.std(x).float()
-        raw = np.log(np.expm1(5))  # outputs of 0 give a std of 5, wide before tanh
+        raw = math.log(math.expm1(5))  # outputs of 0 give a std of 5, wide before tanh
         return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + raw) + 1e-4)  # Eq. 3
 
 
@@ -646,7 +645,8 @@ def explore(action, updates, args):
     """Noise on continuous actions (N, A), random ones in place of some discrete ones."""
     if args.actor_dist != "onehot":
         return (action + args.expl_noise * torch.randn_like(action)).clamp(-1, 1)
-    epsilon = np.interp(updates, (0, args.expl_decay), (args.expl_epsilon, args.expl_min))
+    decayed = min(updates / args.expl_decay, 1.0)
+    epsilon = args.expl_epsilon + decayed * (args.expl_min - args.expl_epsilon)
     random = OneHot(torch.zeros_like(action)).rsample()
     replaced = torch.rand_like(action[:, :1]) < epsilon  # (N, 1)
     return torch.where(replaced, random, action)
@@ -694,10 +694,9 @@ def main(args):
     optimizers = make_optimizers(agent, args)
     rssm = agent["world_model"].rssm
     # A GPU records each of these and replays it, writing over the outputs of the call before.
-    captured = partial(runtime.Captured, device=device, enabled=args.graph)
-    act = captured(partial(policy, agent))
-    act_greedily = captured(partial(policy, agent, sample=False))
-    learn = captured(partial(update, agent, optimizers, args=args))
+    act = runtime.Captured(partial(policy, agent), device, args.graph)
+    act_greedily = runtime.Captured(partial(policy, agent, sample=False), device, args.graph)
+    learn = runtime.Captured(partial(update, agent, optimizers, args=args), device, args.graph)
     evaluate = partial(
         common.evaluate, eval_envs, act_greedily, rssm.initial(eval_envs.num_envs),
         args.eval_episodes, film=args.capture_video,

@@ -29,7 +29,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributions as td
@@ -136,10 +135,10 @@ SMALL = {
     "batch_size": 8, "batch_length": 32, "deter": 128, "hidden": 128, "cnn_depth": 16, "units": 128,
     "layers": 2, "act": "silu", "norm": "layer", "reward_transform": "none", "train_every": 5,
     "model_lr": 5e-4, "actor_lr": 1e-4, "critic_lr": 5e-4, "vector_scale": 100.0,
-    "imag_horizon": 20, "log_every": 1000, "eval_every": 1000, "eval_episodes": 20,
-    "video_every": 5000, "checkpoint_every": 10_000,
+    "log_every": 1000, "eval_every": 1000, "eval_episodes": 20, "video_every": 5000,
+    "checkpoint_every": 10_000,
     "grayscale": False, "favor_ends": False, "stoch": 8, "classes": 8, "gamma": 0.99,
-    "actor_entropy": 1e-2, "slow_update": 25, "pretrain": 100,
+    "imag_horizon": 20, "actor_entropy": 1e-2, "slow_update": 25, "pretrain": 100,
 }  # fmt: skip
 PRESETS = {"atari": {}, "dmc_pixels": DMC, "dmc_vector": DMC, "other": SMALL}
 
@@ -353,7 +352,7 @@ class TruncNormal:
     def entropy(self):
         low = self.low * torch.exp(-0.5 * self.low.square())
         high = self.high * torch.exp(-0.5 * self.high.square())
-        cut = (low - high) / (2 * np.sqrt(2 * np.pi) * self.mass)
+        cut = (low - high) / (2 * math.sqrt(2 * math.pi) * self.mass)
         return (self.normal.entropy() + self.mass.log() + cut).sum(-1)
 
 
@@ -760,10 +759,9 @@ def main(args):
     optimizers = make_optimizers(agent, args)
     rssm = agent["world_model"].rssm
     # A GPU records each of these and replays it, writing over the outputs of the call before.
-    captured = partial(runtime.Captured, device=device, enabled=args.graph)
-    act = captured(partial(policy, agent))
-    act_greedily = captured(partial(policy, agent, sample=False))
-    learn = captured(partial(update, agent, optimizers, args=args))
+    act = runtime.Captured(partial(policy, agent), device, args.graph)
+    act_greedily = runtime.Captured(partial(policy, agent, sample=False), device, args.graph)
+    learn = runtime.Captured(partial(update, agent, optimizers, args=args), device, args.graph)
     evaluate = partial(
         common.evaluate, eval_envs, act_greedily, rssm.initial(eval_envs.num_envs),
         args.eval_episodes, film=args.capture_video,

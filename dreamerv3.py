@@ -885,10 +885,10 @@ def main(args):
     optimizer = make_optimizer(agent, args)
     rssm = agent["world_model"].rssm
     # A GPU records each of these and replays it, writing over the outputs of the call before.
-    captured = partial(runtime.Captured, device=device, enabled=args.graph)
-    act = captured(partial(policy, agent))
-    act_evaluated = captured(partial(policy, agent, sample=args.eval_sample))
-    learn = captured(partial(update, agent, optimizer, args=args))
+    act = runtime.Captured(partial(policy, agent), device, args.graph)
+    play = partial(policy, agent, sample=args.eval_sample)
+    act_evaluated = runtime.Captured(play, device, args.graph)
+    learn = runtime.Captured(partial(update, agent, optimizer, args=args), device, args.graph)
     evaluate = partial(
         common.evaluate, eval_envs, act_evaluated, rssm.initial(eval_envs.num_envs),
         args.eval_episodes, film=args.capture_video,

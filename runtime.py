@@ -53,12 +53,12 @@ Share = typing.Annotated[float, 0, 1]
 Weight = typing.Annotated[float, 0, 2**31 - 1]
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 
-# Flags that may change when a run goes on or is evaluated: they change nothing that is learned
-# (but for --eval-envs 0, with which every evaluation cuts the training's episodes).
+# Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
+# --eval-envs is not among them: with 0, every evaluation cuts the training's episodes.
 CHANGEABLE = {
     "resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes",
-    "video_every", "checkpoint_every", "capture_video", "track", "cuda", "threads", "graph",
-    "compile",
+    "video_every", "checkpoint_every", "capture_video", "track", "wandb_project_name",
+    "wandb_entity", "cuda", "threads", "graph", "compile",
 }  # fmt: skip
 # Flags that may change when a run is evaluated: other episodes, another environment.
 VARIATION = ("env_id", "env_kwargs", "time_limit", "sticky_prob")
@@ -405,7 +405,9 @@ def parse_args(cls, presets, choose_preset, argv=None):
     if exists:
         changeable = CHANGEABLE | (VARIABLE if given.evaluate else set())
         for name, value in vars(args).items():
-            if value != default[name] and name not in changeable:
+            if value == "auto":  # what it stood for when the run began
+                setattr(args, name, default[name])
+            elif value != default[name] and name not in changeable:
                 raise UserError(f"{flag_name(name)} cannot change in a run that exists")
     if args.track:
         with explain("--track needs pip install wandb", ImportError):
@@ -770,8 +772,8 @@ def except_for_writers(hook):
     return filtered
 
 
-BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} "  # as tqdm draws it
-BAR += "[{{elapsed}}<{left}, {speed:.0f} frames/s, {updates} updates{{postfix}}]"
+BAR_BEGIN = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<"  # as tqdm draws it
+BAR_END = "{postfix}]"
 
 
 class Logger:
@@ -798,7 +800,7 @@ class Logger:
         self.bar = tqdm(
             total=args["total_frames"], disable=RANK > 0,
             mininterval=wait, maxinterval=wait, miniters=0,
-            bar_format=BAR.format(left="?", speed=0, updates=0),
+            bar_format=f"{BAR_BEGIN}?, 0 frames/s, 0 updates{BAR_END}",
         )  # fmt: skip
         if RANK:
             return
@@ -852,7 +854,8 @@ class Logger:
         if updates > old_updates:
             per_update = seconds / (updates - old_updates)
             left = tqdm.format_interval(max(0, total_updates - updates) * per_update)
-        self.bar.bar_format = BAR.format(left=left, speed=speed, updates=updates)
+        said = f"{left}, {speed:.0f} frames/s, {updates} updates"
+        self.bar.bar_format = BAR_BEGIN + said + BAR_END
         self.bar.update(frames - self.frames)
         self.frames = frames
 

@@ -1,15 +1,16 @@
 """Says where the metrics of a run leave the range of good runs.
 
-    python benchmarks/health.py RUN    a line for each metric that does; exit code 1 if there is one
-    python benchmarks/health.py        writes the tables of docs/health.md
+    python benchmarks/health.py RUN        a line for each metric that does, exit code 1 if one does
+    python benchmarks/health.py --tables   writes the tables of docs/health.md
 
 Good runs are the pinned ones of benchmarks/curves, whose metrics are in benchmarks/metrics, if they
 held at least 90 % of what the best seed of their task gained over random play. Runs are compared at
 three stages, after so many updates, by the median of what was logged within a quarter of that
 number. The range of a metric reaches from the lowest to the highest of the good runs, and by half
-its width further on either side, for there are few of them. A run of a pinned task is compared with
-the runs of its task, any other one with all runs of its script, and then only in what does not
-depend on the units of rewards and observations.
+its width further on either side, for there are few of them. A run of a pinned task, with the same
+observations and sizes, is compared with the runs of this task. Any other one is compared with all
+runs of its script, and only in what does not depend on sizes and on the units of rewards and
+observations.
 """
 
 import argparse
@@ -60,32 +61,38 @@ MEANING = {
     "imag/discount": (
         "dreams end early: see losses/discount", "dreams do not end: see losses/discount"
     ),
-    "value / return": (
+    "value - return": (
         "the critic lags behind: raise --critic-lr",
-        "the critic promises too much: lower --critic-lr or --slow-update",
+        "the critic promises too much: lower --critic-lr",
     ),
-    "slow / value": (
-        "the slow critic lags behind: lower --slow-update", "the same, while values fall"
+    "slow - value": (
+        "the slow critic lags behind: lower --slow-update",
+        "the slow critic lags behind while values fall: lower --slow-update",
     ),
     "grad_norm/model": ("", "rare large losses: lower --model-lr or --clip"),
     "grad_norm/actor": ("the actor is not driven: see imag/actor_entropy", "lower --actor-lr"),
     "grad_norm/critic": ("", "lower --critic-lr"),
 }  # fmt: skip
 # What does not depend on units of rewards and observations, and on the size of networks.
-COMPARABLE = ("losses/kl", "imag/discount", "value / return", "slow / value")
+COMPARABLE = ("losses/kl", "imag/discount", "value - return", "slow - value")
+# Flags in which a run agrees with those of a task that it is compared with.
+ALIKE = (
+    "env_id", "env_kwargs", "observation", "pixels", "action_repeat", "reward_transform", "deter",
+    "hidden", "stoch", "units", "layers", "cnn_depth",
+)  # fmt: skip
 
 
-def with_ratios(row):
-    """A logged row, and how values stand to the returns that they are trained on.
+def with_differences(row):
+    """A logged row, and how far values are from what they are trained on.
 
-    A value's distance from the return is divided by the return, or by 1 if that is smaller.
+    Both distances are in units of the return, or of 1 if the return is smaller.
     """
     row = dict(row)
     if "imag/value" in row and "imag/return" in row:
         scale = max(1.0, abs(row["imag/return"]))
-        row["value / return"] = 1 + (row["imag/value"] - row["imag/return"]) / scale
+        row["value - return"] = (row["imag/value"] - row["imag/return"]) / scale
         if "imag/slow_value" in row:
-            row["slow / value"] = 1 + (row["imag/slow_value"] - row["imag/value"]) / scale
+            row["slow - value"] = (row["imag/slow_value"] - row["imag/value"]) / scale
     return row
 
 
@@ -93,7 +100,7 @@ def stages(rows):
     """The medians of each metric near each stage that was reached: {stage: {metric: value}}."""
     found = {}
     for stage in STAGES:
-        near = [with_ratios(row) for row in rows if abs(row["updates"] - stage) <= stage / 4]
+        near = [with_differences(row) for row in rows if abs(row["updates"] - stage) <= stage / 4]
         values = {tag: [row[tag] for row in near if tag in row] for tag in MEANING}
         found[stage] = {tag: float(np.median(seen)) for tag, seen in values.items() if seen}
     return {stage: values for stage, values in found.items() if values}
@@ -109,14 +116,23 @@ def good_seeds(name, curves=records.CURVES):
 
 
 def good_runs(script, metrics=METRICS, curves=records.CURVES):
-    """What the good runs of a script logged: {env_id: [stages of a run]}."""
+    """What the good runs of a script logged: {task: [stages of a run]}."""
     found = {}
     for name, task in records.tasks().items():
         path = Path(metrics) / f"{name}.csv"
         if task["script"] == script and path.exists():
             logs = records.read_metrics(path)
-            found[task["env_id"]] = [stages(logs[seed]) for seed in good_seeds(name, curves)]
+            found[name] = [stages(logs[seed]) for seed in good_seeds(name, curves)]
     return found
+
+
+def task_like(args, names, curves=records.CURVES):
+    """The first of the pinned tasks with the observations and sizes of a run, or None."""
+    for name in names:
+        told = yaml.safe_load((Path(curves) / f"{name}.yaml").read_text())["args"]
+        if all(told.get(key) == args.get(key) for key in ALIKE):
+            return name
+    return None
 
 
 def ranges(runs):
@@ -130,11 +146,11 @@ def ranges(runs):
     return found
 
 
-def outside(script, env_id, rows):
+def outside(script, args, rows):
     """Where a run leaves the range of good runs, as lines for people.
 
-    script: the script's name; rows: what the run logged. Raises ValueError, a line for people, if
-    there is nothing to compare.
+    script: the script's name; args: the run's, a dict; rows: what it logged. Raises ValueError, a
+    line for people, if there is nothing to compare.
     """
     good = good_runs(script)
     if not good:
@@ -142,8 +158,8 @@ def outside(script, env_id, rows):
     reached = stages(rows)
     if not reached:
         raise ValueError(f"nothing was logged near {STAGES[0]:,} updates yet")
-    same = good.get(env_id)
-    chosen = ranges(same or [run for runs in good.values() for run in runs])
+    same = task_like(args, good)
+    chosen = ranges(good[same] if same else [run for runs in good.values() for run in runs])
     said = []
     for stage, values in reached.items():
         for tag in MEANING if same else COMPARABLE:
@@ -151,9 +167,12 @@ def outside(script, env_id, rows):
                 continue
             low, high = chosen[stage][tag]
             slack = (high - low) / 2
-            too_low, too_high = values[tag] < low - slack, values[tag] > high + slack
-            meaning = MEANING[tag][0] if too_low else MEANING[tag][1]
-            if (too_low or too_high) and meaning:
+            meaning = ""
+            if values[tag] < low - slack:
+                meaning = MEANING[tag][0]
+            if values[tag] > high + slack:
+                meaning = MEANING[tag][1]
+            if meaning:
                 said.append(
                     f"{tag} is {values[tag]:.3g} after {stage:,} updates, good runs have"
                     f" {low:.3g} to {high:.3g}: {meaning}"
@@ -187,8 +206,8 @@ def tables():
     """Markdown of the ranges of all pinned tasks."""
     parts = []
     for script in ("dreamerv1", "dreamerv2", "dreamerv3"):
-        for env_id, runs in good_runs(script).items():
-            parts.append(f"### {script} on {env_id}, {len(runs)} runs\n\n{table(runs)}\n")
+        for name, runs in good_runs(script).items():
+            parts.append(f"### {name}, {len(runs)} runs\n\n{table(runs)}\n")
     return "\n".join(parts)
 
 
@@ -196,17 +215,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--like", help="the script whose good runs to compare with")
+    parser.add_argument("--tables", action="store_true", help="write the tables of docs/health.md")
     args = parser.parse_args(argv)
-    if args.run is None:
+    if (args.run is None) != args.tables:
+        parser.error("name a run, or --tables")
+    if args.tables:
         path = records.ROOT / "docs" / "health.md"
         text = plot.between(path.read_text(), "meanings", meanings())
         path.write_text(plot.between(text, "ranges", tables()))
         return 0
     try:
         told = yaml.safe_load((args.run / "args.yaml").read_text())
-        said = outside(args.like or told["exp_name"], told["env_id"], runtime.read_log(args.run))
-    except (ValueError, KeyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = outside(args.like or told["exp_name"], told, runtime.read_log(args.run))
+    except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(*(said or ["no metric leaves the range of good runs"]), sep="\n")
     return 1 if said else 0

@@ -171,10 +171,10 @@ def description(numbers):
     return said
 
 
-def beside_good_runs(script, env_id, log):
+def beside_good_runs(script, args, log):
     """Where the logged metrics leave the range of pinned runs, or why this cannot be said."""
     try:
-        said = health.outside(script, env_id, log)
+        said = health.outside(script, args, log)
     except ValueError as error:
         return [f"Not compared with good runs: {error}."]
     return [f"Outside of good runs: {line}." for line in said] or [
@@ -338,7 +338,7 @@ def film_episode(run, limit=1000):
         row, _ = envs.receive()
         total = float(envs.returns[0])
         if len(frames) < limit:
-            frames.append(captioned(envs.render()[0], f"return {total:.1f}"))
+            frames.append(captioned(envs.render(), f"return {total:.1f}"))
         if envs.all_ended:
             envs.close()
             return frames, total
@@ -525,7 +525,7 @@ def main(argv=None):
         return
     log = runtime.read_log(args.run)
     numbers, fresh, windows = measure(run, args.episodes, args.horizon)
-    numbers["outside"] = beside_good_runs(numbers["script"], numbers["env_id"], log)
+    numbers["outside"] = beside_good_runs(numbers["script"], vars(run.args), log)
     page = report(run, numbers, fresh, windows, log)
     (args.run / "report.json").write_text(json.dumps(numbers, indent=1))
     (args.run / "report.html").write_text(page)

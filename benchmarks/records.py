@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -46,12 +47,13 @@ THREADS = threading.Lock()  # for a lock on a file holds between processes alone
 def tasks():
     """The tasks of tasks.yaml, by name, each with what is known of its environment."""
     plan = yaml.safe_load((ROOT / "benchmarks" / "tasks.yaml").read_text())
+    found = {}
     for name, task in plan["tasks"].items():
         words = task["command"].split()
         task |= {"name": name, "script": words[0].removesuffix(".py")}
         task["env_id"] = words[words.index("--env-id") + 1]
-        task = plan["tasks"][name] = plan["environments"].get(task["env_id"], {}) | task
-    return plan["tasks"]
+        found[name] = plan["environments"].get(task["env_id"], {}) | task
+    return found
 
 
 def read_curve(path):
@@ -199,7 +201,7 @@ def commit(script):
         "status", "--porcelain", "--ignored", "--", script.name, "common.py", "runtime.py"
     )
     head = git("rev-parse", "--short", "HEAD").strip() or "unknown"
-    return head + "+" * bool(changed.strip())
+    return f"{head}+" if changed.strip() else head
 
 
 def device(cuda=True):
@@ -215,10 +217,14 @@ def device(cuda=True):
 
 def command(script, args):
     """The command line of a run: its id and what differs from the preset, without the seed."""
+    import torch
+
     module = load_script(script)
     chosen = import_module("common").choose_preset(SimpleNamespace(**args))
-    default = asdict(module.Args()) | module.PRESETS[chosen]
-    default |= {k: args[k] for k in ("env_id", "seed")}
+    default = SimpleNamespace(**asdict(module.Args()) | module.PRESETS[chosen])
+    precision = default.precision  # of a run's args the only one that is kept as given
+    module.resolve_auto(default, torch.device("cpu"), args["actor_dist"] == "onehot")
+    default = vars(default) | {k: args[k] for k in ("env_id", "seed")} | {"precision": precision}
     own = script.resolve().is_relative_to(ROOT)
     name = script.resolve().relative_to(ROOT) if own else script.name
     words = [f"python {name} --env-id {args['env_id']}"]
@@ -227,7 +233,7 @@ def command(script, args):
         if isinstance(value, bool) and value != default[key]:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != default[key]:
-            words.append(f"--{flag} {value}")
+            words.append(f"--{flag} {shlex.quote(str(value))}")
     return " ".join(words)
 
 
@@ -241,19 +247,18 @@ def record(run, name, script, folder, commits):
 
 
 def add(run, name, script, folder, commits):
-    path = folder / f"{name}.csv"
+    curve_path, card_path = folder / f"{name}.csv", folder / f"{name}.yaml"
     args, rows = read_run(run)
     log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     seed = args["seed"]
-    curves = read_curve(path) if path.exists() else {}
+    curves = read_curve(curve_path) if curve_path.exists() else {}
     curves[seed] = [row | {"script": script.stem, "commit": commits[-1]} for row in rows]
 
-    path = path.with_suffix(".yaml")
-    card = yaml.safe_load(path.read_text()) if path.exists() else {"runs": []}
+    card = yaml.safe_load(card_path.read_text()) if card_path.exists() else {"runs": []}
     told = card.get("args", {})
     others = [k for k in told.keys() & args.keys() if k != "seed" and told[k] != args[k]]
-    if others and list(card["runs"]) != [r for r in card["runs"] if r["seed"] == seed]:
-        raise ValueError(f"{path} is of runs with another {', '.join(others)}")
+    if others and any(r["seed"] != seed for r in card["runs"]):
+        raise ValueError(f"{card_path} is of runs with another {', '.join(others)}")
     runs = {run["seed"]: run for run in card["runs"]}
     versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
     runs[seed] = {
@@ -267,10 +272,10 @@ def add(run, name, script, folder, commits):
         "runs": [runs[key] for key in sorted(runs)],
         "args": {k: v for k, v in args.items() if k != "seed"},
     }
-    write(path, yaml.safe_dump(card, sort_keys=False, width=100))
+    write(card_path, yaml.safe_dump(card, sort_keys=False, width=100))
     add_metrics(log, seed, folder.parent / "metrics" / f"{name}.csv")
-    write_csv(path.with_suffix(".csv"), curves, COLUMNS)
-    return path.with_suffix(".csv")
+    write_csv(curve_path, curves, COLUMNS)
+    return curve_path
 
 
 def add_metrics(log, seed, path):

@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import dreamerv2
 import runtime
-from dreamerv2 import PRESETS, Args
+from dreamerv2 import PRESETS, Args, resolve_auto
+
+__all__ = ["PRESETS", "Args", "resolve_auto"]  # what records.py asks of a script
 
 
 class Forgetful(dreamerv2.RSSM):

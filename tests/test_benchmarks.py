@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,14 +19,13 @@ import pytest
 import records
 import run
 import scipy.stats
+import torch
 import yaml
 
 import common
-import dreamerv1
 import dreamerv2
 import runtime
 
-SCRIPTS = {"dreamerv1": dreamerv1, "dreamerv2": dreamerv2}
 ROOT = Path(__file__).parent.parent
 TINY = [
     "--batch-size", "3", "--batch-length", "7", "--deter", "16", "--hidden", "16", "--units", "16",
@@ -330,14 +330,18 @@ def test_the_pinned_curves_are_whole_and_as_their_cards_say(tmp_path):
 
 
 def args_of(task):
-    script = SCRIPTS[task["script"]]
+    script = records.load_script(ROOT / f"{task['script']}.py")
     argv = task["command"].split()[1:]
     return runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, argv)
 
 
 def test_each_card_has_the_hyperparameters_of_its_task():
     for task in plot.pinned(records.CURVES):
-        told, args = task["card"]["args"], vars(args_of(task))
+        told, args = task["card"]["args"], args_of(task)
+        module = records.load_script(ROOT / f"{task['script']}.py")
+        precision = args.precision  # kept as given: a run may move to a GPU
+        module.resolve_auto(args, torch.device("cpu"), told["actor_dist"] == "onehot")
+        args = vars(args) | {"precision": precision}
         assert len(set(told) & set(args)) > 50  # of older commits, some flags are gone or lacking
         differing = {k for k in set(told) & set(args) if told[k] != args[k]}
         assert not differing, task["name"]
@@ -467,9 +471,9 @@ def mine(tmp_path, monkeypatch):
     for name in ("common.py", "runtime.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     source = (ROOT / "dreamerv2.py").read_text()
-    assert source.count('"imag_horizon": 10') == 1
+    assert source.count('"imag_horizon": 20') == 1
     path = tmp_path / "mine.py"
-    path.write_text(source.replace('"imag_horizon": 10', '"imag_horizon": 4'))
+    path.write_text(source.replace('"imag_horizon": 20', '"imag_horizon": 4'))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # which an import of the copy adds to
     return path
@@ -496,11 +500,15 @@ def test_the_command_of_a_card_has_what_differs_from_the_presets_of_its_own_scri
     args = vars(runtime.parse_args(
         dreamerv2.Args, dreamerv2.PRESETS, common.choose_preset, ["--env-id", "CartPole-v1"]
     ))  # fmt: skip
-    args["exp_name"] = "mine"
-    expected = "python mine.py --env-id CartPole-v1 --imag-horizon 10"
-    assert records.command(mine, args) == expected
+    # What "auto" became is no flag that anyone gave.
+    args |= {"exp_name": "mine", "actor_dist": "onehot", "actor_grad": "reinforce"}
+    expected = "python mine.py --env-id CartPole-v1"
+    assert records.command(mine, args) == f"{expected} --imag-horizon 20"
     args["imag_horizon"] = 4
-    assert records.command(mine, args) == expected.removesuffix(" --imag-horizon 10")
+    assert records.command(mine, args) == expected
+    args |= {"env_kwargs": '{"g": 5}', "actor_grad": "both"}
+    words = shlex.split(records.command(mine, args))
+    assert words == [*expected.split(), "--env-kwargs", '{"g": 5}', "--actor-grad", "both"]
 
 
 def test_the_commit_of_a_script_has_a_plus_unless_it_is_as_committed(mine):
@@ -628,7 +636,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, save
         (["nonsense"], "no task nonsense"),
         ([], "name a task, a group"),
         (["cpu", "--jobs", "0"], "--jobs is 0"),
-        (["--scripts", "dreamerv1", "--env-ids", "dm_control/cartpole-balance-v0"], "of its own"),
+        (["--scripts", "dreamerv1", "--env-ids", "dm_control/cartpole-swingup-v0"], "of its own"),
         (["--scripts", "nowhere.py", "--env-ids", "CartPole-v1"], "no script nowhere.py"),
         (["--scripts", "empty.py", "--env-ids", "CartPole-v1"], "empty.py has no Args and PRESETS"),
         (

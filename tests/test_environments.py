@@ -1,5 +1,6 @@
 """Environments: rows, Atari, dm_control, any other gymnasium id, and evaluation."""
 
+import functools
 import os
 import re
 import subprocess
@@ -399,9 +400,12 @@ def test_atari_image_is_the_maximum_of_the_last_two_frames():
 def test_sticky_actions_and_all_actions_follow_the_flags_and_else_the_id(
     env_id, options, actions, sticky
 ):
-    env = tiny.make_env(env_id, grayscale=True, action_repeat=4, **options)
-    assert env.action_space.n == actions
-    assert env.unwrapped.ale.getFloat("repeat_action_probability") == sticky
+    for observation in ("auto", "pixels", "both"):  # all three are what a game shows anyhow
+        options["observation"] = observation
+        env = tiny.make_env(env_id, grayscale=True, action_repeat=4, **options)
+        assert env.action_space.n == actions
+        assert env.unwrapped.ale.getFloat("repeat_action_probability") == sticky
+        assert env.observation_space["image"].shape == (1, 64, 64)
 
 
 @pytest.mark.slow
@@ -589,6 +593,7 @@ def fake_probe(monkeypatch):
 
         monkeypatch.setattr(common.subprocess, "run", run)
         monkeypatch.setattr(common.os, "environ", {"PATH": "", **environ})
+        monkeypatch.setattr(common, "find_gl", functools.cache(common.find_gl.__wrapped__))
         return tried
 
     return fake
@@ -630,6 +635,7 @@ def test_no_opengl_is_no_error_where_none_is_needed(fake_probe):
     assert env.reset()[0]["image"].std() > 5
     env = tiny.make_env("dmc/ball_in_cup-catch", observation="vector")
     assert env.reset()[0]["vector"].shape == (8,)
+    assert tried == ["egl", "osmesa"]  # once for all environments
 
 
 @pytest.mark.parametrize("observation", ["auto", "pixels", "both"])

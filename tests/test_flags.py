@@ -260,9 +260,18 @@ def test_resume_may_change_how_long_and_where_but_not_what_is_learned(script):
     args = vars(parse(script, f"--resume {script} {more}"))
     assert args == small_args(script) | changes | {"compile": True, "resume": script}
     parse(script, f"--resume {script} --deter 16 --env-id CartPole-v1")  # said again, not changed
+    track = parse(script, f"--resume {script} --wandb-project-name mine --wandb-entity us")
+    assert (track.wandb_project_name, track.wandb_entity) == ("mine", "us")
     for change in ("--deter 32", "--seed 4", "--env-id Pendulum-v1", "--gamma 0.9"):
         with pytest.raises(runtime.UserError, match=f"{change.split()[0]} cannot change"):
             parse(script, f"--resume {script} {change}")
+
+
+def test_a_command_that_says_auto_can_be_typed_again(script, tmp_path):
+    began = small_args(script, actor_dist="onehot", precision="float32")  # what it stood for
+    write_args(tmp_path / "run", began)
+    again = f"--resume {tmp_path}/run --actor-dist auto --precision auto --preset auto"
+    assert vars(parse(script, again)) == began | {"resume": f"{tmp_path}/run"}
 
 
 def test_evaluate_may_change_episodes_and_environment_but_not_the_agent(script):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,12 @@ import health
 import plot
 import pytest
 import records
+import yaml
+
+import dreamerv2
 
 ROOT = Path(__file__).parent.parent
+CARTPOLE = vars(dreamerv2.Args(**dreamerv2.PRESETS["other"])) | {"env_id": "CartPole-v1"}
 
 
 def log(updates, **values):
@@ -28,12 +33,13 @@ def test_a_stage_is_the_median_of_what_was_logged_near_it():
 
 
 @pytest.mark.parametrize(
-    ("value", "ret", "expected"), [(40.0, 50.0, 0.8), (-60.0, -50.0, 0.8), (0.3, 0.1, 1.2)]
+    ("value", "ret", "expected"), [(40.0, 50.0, -0.2), (-60.0, -50.0, -0.2), (0.3, 0.1, 0.2)]
 )
 def test_a_value_is_measured_by_the_return_that_it_is_trained_on(value, ret, expected):
-    row = health.with_ratios({"imag/value": value, "imag/return": ret, "imag/slow_value": value})
-    assert row["value / return"] == pytest.approx(expected)
-    assert row["slow / value"] == 1
+    values = {"imag/value": value, "imag/return": ret, "imag/slow_value": value}
+    row = health.with_differences(values)
+    assert row["value - return"] == pytest.approx(expected)
+    assert row["slow - value"] == 0
 
 
 @pytest.fixture
@@ -53,30 +59,35 @@ def pinned(tmp_path, monkeypatch):
         rows = [log(1000, **{"losses/kl": kl, "grad_norm/critic": grad})]
         records.add_metrics(rows, seed, tmp_path / "metrics" / f"{name}.csv")
     records.write_csv(tmp_path / "curves" / f"{name}.csv", curve, records.COLUMNS)
+    (tmp_path / "curves" / f"{name}.yaml").write_text(yaml.safe_dump({"args": CARTPOLE}))
     folders = (tmp_path / "metrics", tmp_path / "curves")
     monkeypatch.setattr(health.good_runs, "__defaults__", folders)
+    monkeypatch.setattr(health.task_like, "__defaults__", folders[1:])
     return tmp_path
 
 
 def test_seeds_that_lost_what_they_had_learned_are_not_good(pinned):
     assert health.good_seeds("dreamerv2-CartPole-v1", pinned / "curves") == [11, 12]
-    assert health.ranges(health.good_runs("dreamerv2")["CartPole-v1"])[1000] == {
+    assert health.ranges(health.good_runs("dreamerv2")["dreamerv2-CartPole-v1"])[1000] == {
         "losses/kl": (2.0, 4.0), "grad_norm/critic": (20.0, 30.0),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("env_id", "kl", "grad", "said"),
+    ("changes", "kl", "grad", "said"),
     [
-        ("CartPole-v1", 4.9, 34.0, []),  # within half a width of the range
-        ("CartPole-v1", 5.1, 36.0, ["losses/kl is 5.1", "grad_norm/critic is 36"]),
-        ("CartPole-v1", 0.9, 1.0, ["losses/kl is 0.9"]),  # a small gradient is no concern
-        ("my_env:Corridor-v0", 5.1, 36.0, ["losses/kl is 5.1"]),  # gradients have other units there
+        ({}, 4.9, 34.0, []),  # within half a width of the range
+        ({"seed": 7}, 5.1, 36.0, ["losses/kl is 5.1", "grad_norm/critic is 36"]),
+        ({}, 0.9, 1.0, ["losses/kl is 0.9"]),  # a small gradient is no concern
+        # Gradients have other units in another world or in a larger network.
+        ({"env_id": "my_env:Corridor-v0"}, 5.1, 36.0, ["losses/kl is 5.1"]),
+        ({"pixels": True}, 5.1, 36.0, ["losses/kl is 5.1"]),
+        ({"deter": 600}, 5.1, 36.0, ["losses/kl is 5.1"]),
     ],
 )
-def test_a_metric_outside_of_the_range_is_named_with_what_to_try(pinned, env_id, kl, grad, said):
+def test_a_metric_outside_of_the_range_is_named_with_what_to_try(pinned, changes, kl, grad, said):
     rows = [log(1000, **{"losses/kl": kl, "grad_norm/critic": grad})]
-    lines = health.outside("dreamerv2", env_id, rows)
+    lines = health.outside("dreamerv2", CARTPOLE | changes, rows)
     assert [line.split(" after")[0] for line in lines] == said
     assert all(" 1,000 updates, good runs have " in line for line in lines)
     assert all(":" in line for line in lines)
@@ -91,7 +102,7 @@ def test_a_metric_outside_of_the_range_is_named_with_what_to_try(pinned, env_id,
 )
 def test_what_cannot_be_compared_is_said_in_one_line(pinned, script, rows, reason):
     with pytest.raises(ValueError, match=reason):
-        health.outside(script, "CartPole-v1", rows)
+        health.outside(script, CARTPOLE, rows)
 
 
 @pytest.mark.parametrize("tool", ["health.py", "inspect_run.py"])
@@ -105,7 +116,7 @@ def test_a_tool_finds_its_modules_when_it_is_started_by_its_path(tool, tmp_path)
 def test_a_changed_copy_is_compared_with_the_script_that_it_is_like(pinned, capsys):
     run = pinned / "run"
     run.mkdir()
-    (run / "args.yaml").write_text("{exp_name: mine, env_id: CartPole-v1}")
+    (run / "args.yaml").write_text(yaml.safe_dump(CARTPOLE | {"exp_name": "mine"}))
     (run / "metrics.jsonl").write_text(json.dumps(log(1000, **{"losses/kl": 9.0})) + "\n")
     assert health.main([str(run)]) == 2
     assert capsys.readouterr().err == "error: no run of mine is pinned\n"
@@ -113,23 +124,39 @@ def test_a_changed_copy_is_compared_with_the_script_that_it_is_like(pinned, caps
     assert capsys.readouterr().out.startswith("losses/kl is 9 after 1,000 updates")
 
 
+def test_a_run_folder_that_cannot_be_read_ends_in_one_line(tmp_path, capsys):
+    for text in ("", "{a: [", "[]"):
+        (tmp_path / "args.yaml").write_text(text)
+        assert health.main([str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_each_flag_that_is_advised_is_one_of_the_script():
+    for number in (1, 2):
+        module = records.load_script(ROOT / f"dreamerv{number}.py")
+        for runs in health.good_runs(f"dreamerv{number}").values():
+            for tag in health.ranges(runs)[1000]:
+                for flag in re.findall(r"--[a-z-]+", " ".join(health.MEANING[tag])):
+                    assert hasattr(module.Args, flag[2:].replace("-", "_")), (number, tag, flag)
+
+
 def test_each_metric_of_the_page_is_one_that_runs_log_and_that_is_explained():
     logged = set()
     for path in health.METRICS.glob("dreamerv[12]*.csv"):
         with open(path, newline="") as file:
             logged |= set(next(csv.reader(file)))
-    ratios = {"value / return", "slow / value"}
-    assert set(health.MEANING) - ratios <= logged
+    ours = {"value - return", "slow - value"}
+    assert set(health.MEANING) - ours <= logged
     assert set(health.COMPARABLE) <= set(health.MEANING)
     explained = (ROOT / "docs" / "metrics.md").read_text()
-    assert all(f"`{tag}`" in explained for tag in set(health.MEANING) - ratios)
+    assert all(f"`{tag}`" in explained for tag in set(health.MEANING) - ours)
 
 
 def test_the_tables_of_the_page_are_those_of_the_pinned_runs():
     page = (ROOT / "docs" / "health.md").read_text()
     assert plot.between(page, "meanings") == health.meanings() + "\n"
     assert plot.between(page, "ranges") == health.tables() + "\n"
-    assert "### dreamerv2 on CartPole-v1" in page
+    assert "### dreamerv2-CartPole-v1" in page
 
 
 def test_no_good_run_is_said_to_leave_the_range():
@@ -139,4 +166,6 @@ def test_no_good_run_is_said_to_leave_the_range():
             if task["script"] == script and path.exists():
                 logs = records.read_metrics(path)
                 for seed in health.good_seeds(name):
-                    assert health.outside(script, task["env_id"], logs[seed]) == [], (name, seed)
+                    card = yaml.safe_load((records.CURVES / f"{name}.yaml").read_text())
+                    assert health.task_like(card["args"], [name]) == name
+                    assert health.outside(script, card["args"], logs[seed]) == [], (name, seed)
