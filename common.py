@@ -585,7 +585,7 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
 
 
 class Film:
-    """At most 1000 images of an episode, of a long one every second, fourth, ... alone."""
+    """At most 1000 images of an episode; of a long one only every second, fourth, ... image."""
 
     def __init__(self):
         self.images = []
@@ -624,7 +624,7 @@ class Replay:
         self.device = device
         self.start = 0  # the oldest row
         self.end = 0  # the row after the newest
-        self.taken = 0  # how many fresh windows were drawn or overwritten
+        self.fresh_taken = 0  # how many fresh windows were drawn or overwritten
         with explain(f"another process trains in {self.folder}, or it is missing", OSError):
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
             # This process holds the lock until it ends, however it does.
@@ -661,12 +661,12 @@ class Replay:
         """Writes the maps to disk: a checkpoint must not know more rows than they hold."""
         for data in (*self.data.values(), self.written):
             data.flush()
-        return {"start": self.start, "end": self.end, "taken": self.taken}
+        return {"start": self.start, "end": self.end, "taken": self.fresh_taken}
 
     def load_state_dict(self, state):
         """Goes back to the rows of a checkpoint, less those that were overwritten since."""
         self.end = state["end"]
-        self.taken = state["taken"]
+        self.fresh_taken = state["taken"]
         oldest = int(self.written[0]) - self.capacity
         self.start = min(self.end, max(state["start"], oldest))
         if self.written[0] < self.end:
@@ -716,10 +716,10 @@ class Replay:
         They lie end to end: the first `length` rows of every environment, then the next.
         """
         oldest = math.ceil(self.start / length) * self.num_envs
-        self.taken = max(self.taken, oldest)
+        self.fresh_taken = max(self.fresh_taken, oldest)
         complete = (self.end // length) * self.num_envs
-        window = np.arange(self.taken, min(self.taken + count, complete))
-        self.taken += len(window)
+        window = np.arange(self.fresh_taken, min(self.fresh_taken + count, complete))
+        self.fresh_taken += len(window)
         return (window // self.num_envs) * length, window % self.num_envs
 
     def zeros(self, batch_size, length):

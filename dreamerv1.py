@@ -257,7 +257,7 @@ class Head(nn.Module):
 
     def forward(self, feat):
         x = self.mlp(feat).float()
-        # In float32: near 95, bfloat16 knows only steps of 0.5.
+        # In float32: bfloat16 would round a value of 95 to steps of 0.5.
         with torch.autocast(feat.device.type, enabled=False):
             return self.out(x).squeeze(-1)
 
@@ -721,7 +721,7 @@ def main(args):
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)
     runtime.describe(args, device, agent, replay, envs.summary, total_updates)
     metrics = runtime.Metrics()
-    logger = runtime.Logger(run, config)
+    logger = runtime.Logger(run, config, total_updates)
     parts = {  # all that a checkpoint holds, but for the counters
         "agent": agent, "optimizers": optimizers, "replay": replay, "envs": envs,
         "metrics": metrics, "logger": logger,
@@ -738,8 +738,8 @@ def main(args):
     state = rssm.initial(args.num_envs)
 
     def save():
-        counters = {"step": step, "updates": updates, "last_report": last_report}
-        runtime.save_checkpoint(run, parts, counters)
+        now = {"step": step, "updates": updates, "last_report": last_report}
+        runtime.save_checkpoint(run, parts, now)
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
@@ -783,7 +783,7 @@ def main(args):
                 losses = learn(batch)
                 metrics.record(losses, updates)
                 updates += 1
-                logger.progress(frames, updates, total_updates)
+                logger.progress(frames, updates)
             if interrupt.agreed():
                 break  # the step in flight is dropped: nothing of it was stored
 
@@ -817,7 +817,7 @@ def main(args):
             replay.add(row)
             step += taken  # a reset is no step
             frames = step * args.action_repeat
-            logger.progress(frames, updates, total_updates)
+            logger.progress(frames, updates)
             for episode in episodes:
                 logger.log(episode, frames, updates)
 

@@ -258,7 +258,7 @@ class Head(nn.Module):
 
     def forward(self, feat):
         x = self.mlp(feat).float()
-        # In float32: near 95, bfloat16 knows only steps of 0.5.
+        # In float32: bfloat16 would round a value of 95 to steps of 0.5.
         with torch.autocast(feat.device.type, enabled=False):
             return self.out(x).squeeze(-1)
 
@@ -278,7 +278,7 @@ class TwoHotHead(Head):
 
     def forward(self, feat):
         prob = torch.softmax(super().forward(feat), -1)  # of logits (..., 255)
-        # Bins of opposite sign cancel pair by pair, so that equal logits give exactly 0.
+        # Bins k and 254 - k are opposite and cancel, so that equal logits give exactly 0.
         return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
 
     def loss(self, feat, target):
@@ -786,7 +786,7 @@ def main(args):
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)
     runtime.describe(args, device, agent, replay, envs.summary, total_updates)
     metrics = runtime.Metrics()
-    logger = runtime.Logger(run, config)
+    logger = runtime.Logger(run, config, total_updates)
     parts = {  # all that a checkpoint holds, but for the counters
         "agent": agent, "optimizers": optimizers, "replay": replay, "envs": envs,
         "metrics": metrics, "logger": logger,
@@ -803,8 +803,8 @@ def main(args):
     state = rssm.initial(args.num_envs)
 
     def save():
-        counters = {"step": step, "updates": updates, "last_report": last_report}
-        runtime.save_checkpoint(run, parts, counters)
+        now = {"step": step, "updates": updates, "last_report": last_report}
+        runtime.save_checkpoint(run, parts, now)
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
@@ -849,7 +849,7 @@ def main(args):
                     agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
                 metrics.record(losses, updates)
                 updates += 1
-                logger.progress(frames, updates, total_updates)
+                logger.progress(frames, updates)
             if interrupt.agreed():
                 break  # the step in flight is dropped: nothing of it was stored
 
@@ -883,7 +883,7 @@ def main(args):
             replay.add(row)
             step += taken  # a reset is no step
             frames = step * args.action_repeat
-            logger.progress(frames, updates, total_updates)
+            logger.progress(frames, updates)
             for episode in episodes:
                 logger.log(episode, frames, updates)
 

@@ -328,7 +328,7 @@ class TwoHotHead(Head):
 
     def mean(self, logits):
         prob = torch.softmax(logits, -1)
-        # Bins of opposite sign cancel pair by pair, so that equal logits give exactly 0.
+        # Bins k and 254 - k are opposite and cancel, so that equal logits give exactly 0.
         return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
 
     def loss(self, logits, target):
@@ -913,7 +913,7 @@ def main(args):
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)
     runtime.describe(args, device, agent, replay, envs.summary, total_updates)
     metrics = runtime.Metrics()
-    logger = runtime.Logger(run, config)
+    logger = runtime.Logger(run, config, total_updates)
     parts = {  # all that a checkpoint holds, but for the counters
         "agent": agent, "optimizer": optimizer, "replay": replay, "envs": envs,
         "metrics": metrics, "logger": logger,
@@ -929,8 +929,8 @@ def main(args):
     state = rssm.initial(args.num_envs)
 
     def save():
-        counters = {"step": step, "updates": updates, "last_report": last_report}
-        runtime.save_checkpoint(run, parts, counters)
+        now = {"step": step, "updates": updates, "last_report": last_report}
+        runtime.save_checkpoint(run, parts, now)
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
@@ -970,7 +970,7 @@ def main(args):
                 follow(agent["slow_critic"], agent["critic"], rate)
                 metrics.record(losses, updates)
                 updates += 1
-                logger.progress(frames, updates, total_updates)
+                logger.progress(frames, updates)
             if interrupt.agreed():
                 break  # the step in flight is dropped: nothing of it was stored
 
@@ -1006,7 +1006,7 @@ def main(args):
             replay.add(row)
             step += taken  # a reset is no step
             frames = step * args.action_repeat
-            logger.progress(frames, updates, total_updates)
+            logger.progress(frames, updates)
             for episode in episodes:
                 logger.log(episode, frames, updates)
 

@@ -55,14 +55,14 @@ Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 
 # Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
 # --eval-envs is not among them: with 0, every evaluation cuts the training's episodes.
-CHANGEABLE = {
+MAY_CHANGE = {
     "resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes",
     "video_every", "checkpoint_every", "capture_video", "track", "wandb_project_name",
     "wandb_entity", "cuda", "threads", "graph", "compile",
 }  # fmt: skip
 # Flags that may change when a run is evaluated: other episodes, another environment.
-VARIATION = ("env_id", "env_kwargs", "time_limit", "sticky_prob")
-VARIABLE = {"seed", "eval_envs", "eval_sample", *VARIATION}
+ENVIRONMENT_FLAGS = ("env_id", "env_kwargs", "time_limit", "sticky_prob")
+MAY_CHANGE_IN_EVALUATION = {"seed", "eval_envs", "eval_sample", *ENVIRONMENT_FLAGS}
 
 
 # Errors that take one line
@@ -403,7 +403,7 @@ def parse_args(cls, presets, choose_preset, argv=None):
     args = tyro.cli(cls, default=cls(**default | {"resume": "", "evaluate": ""}), args=argv)
     check_bounds(args)
     if exists:
-        changeable = CHANGEABLE | (VARIABLE if given.evaluate else set())
+        changeable = MAY_CHANGE | (MAY_CHANGE_IN_EVALUATION if given.evaluate else set())
         for name, value in vars(args).items():
             if value == "auto":  # what it stood for when the run began
                 setattr(args, name, default[name])
@@ -593,12 +593,14 @@ def print_variation(args, returns):
 
     The training's is that of its last evaluation, in metrics.jsonl.
     """
+    if RANK:
+        return
     run = from_start(args.evaluate)
     trained = yaml.safe_load((run / "args.yaml").read_text())
-    changed = [name for name in VARIATION if getattr(args, name) != trained[name]]
+    changed = [name for name in ENVIRONMENT_FLAGS if getattr(args, name) != trained[name]]
     tag = "eval/episodic_return"
     evaluated = [row[tag] for row in read_log(run) if isinstance(row.get(tag), float)]
-    if not changed or not evaluated or RANK:
+    if not changed or not evaluated:
         return
     learned = " ".join(f"{flag_name(name)} {trained[name]}" for name in changed)
     played = " ".join(f"{flag_name(name)} {getattr(args, name)}" for name in changed)
@@ -782,9 +784,10 @@ class Logger:
     Only the first process logs; for the others all of this does nothing.
     """
 
-    def __init__(self, run, args):
+    def __init__(self, run, args, total_updates):
         self.run = run
         self.args = args
+        self.total_updates = total_updates
         self.frames = 0
         self.learning = None  # whether it has begun
         self.since = None  # time, frames and updates when that began, or the run went on
@@ -839,7 +842,7 @@ class Logger:
                     self.kept.append(json.loads(line))
             write_args(self.run, self.args)
 
-    def progress(self, frames, updates, total_updates):
+    def progress(self, frames, updates):
         """Moves the bar. Its speed is that since learning began, or the run went on; the time
         left is what the updates to come take at the pace since then.
         """
@@ -853,7 +856,7 @@ class Logger:
         left = "?"
         if updates > old_updates:
             per_update = seconds / (updates - old_updates)
-            left = tqdm.format_interval(max(0, total_updates - updates) * per_update)
+            left = tqdm.format_interval(max(0, self.total_updates - updates) * per_update)
         said = f"{left}, {speed:.0f} frames/s, {updates} updates"
         self.bar.bar_format = BAR_BEGIN + said + BAR_END
         self.bar.update(frames - self.frames)

@@ -67,14 +67,18 @@ def read_curve(path):
     return dict(sorted(curves.items()))
 
 
+def read_log(run):
+    """The rows of a run's metrics.jsonl; one that goes on may be writing its last line."""
+    text = (Path(run) / "metrics.jsonl").read_text()
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def read_run(run):
     """Args and rows of a run folder; the rows have the keys of a curve but for the commit."""
     args = yaml.safe_load((Path(run) / "args.yaml").read_text())
     rows = []
-    text = (Path(run) / "metrics.jsonl").read_text()
-    whole = text[: text.rfind("\n") + 1]  # a run that goes on may be writing its last line
-    for line in whole.splitlines():
-        logged = json.loads(line)
+    for logged in read_log(run):
         for kind, tag in (("train", "charts"), ("eval", "eval")):
             if (ret := logged.get(f"{tag}/episodic_return")) is not None:
                 rows.append({
@@ -249,7 +253,7 @@ def record(run, name, script, folder, commits):
 def add(run, name, script, folder, commits):
     curve_path, card_path = folder / f"{name}.csv", folder / f"{name}.yaml"
     args, rows = read_run(run)
-    log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(run)
     seed = args["seed"]
     curves = read_curve(curve_path) if curve_path.exists() else {}
     curves[seed] = [row | {"script": script.stem, "commit": commits[-1]} for row in rows]

@@ -86,9 +86,9 @@ def work_on(work):
     result = {}
     progress, evaluate = runtime.Logger.progress, common.evaluate
 
-    def noted(logger, frames, updates, total_updates):
+    def noted(logger, frames, updates):
         result.update(frames=frames, updates=updates)
-        progress(logger, frames, updates, total_updates)
+        progress(logger, frames, updates)
 
     def judged(*args, **kwargs):
         returns, cut, film = evaluate(*args, **kwargs)

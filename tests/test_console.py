@@ -59,11 +59,11 @@ def test_the_bar_says_random_play_and_then_the_time_of_the_updates_to_come(tmp_p
     clock = [1000.0]
     monkeypatch.setattr(runtime.time, "time", lambda: clock[0])
     args = {"track": False, "total_frames": 400}
-    logger = runtime.Logger(tmp_path, args)
+    logger = runtime.Logger(tmp_path, args, total_updates=50)
 
     def bar(seconds, frames, updates):
         clock[0] = 1000.0 + seconds
-        logger.progress(frames, updates, total_updates=50)
+        logger.progress(frames, updates)
         return str(logger.bar)
 
     assert "<?, " in bar(1, 100, 0)

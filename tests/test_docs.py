@@ -862,4 +862,4 @@ def test_every_file_of_a_run_folder_is_explained(trained):
 def test_the_flags_that_may_change_are_those_of_the_code():
     text = DOCS["runs.md"].split("It can change ")[1].split(";")[0]
     told = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"--[a-z-]+", text)}
-    assert told == runtime.CHANGEABLE - {"resume", "evaluate"}
+    assert told == runtime.MAY_CHANGE - {"resume", "evaluate"}

@@ -61,7 +61,7 @@ def test_a_metric_may_be_a_number_and_must_be_a_scalar():
 # A row
 @pytest.fixture
 def logger(tmp_path):
-    logger = runtime.Logger(tmp_path, ARGS)
+    logger = runtime.Logger(tmp_path, ARGS, 0)
     yield logger
     logger.close()
 
@@ -130,11 +130,11 @@ def test_a_row_of_losses_has_the_speed_of_the_whole_run(tmp_path, logger, monkey
 def test_other_processes_than_the_first_log_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "RANK", 1)
     args = ARGS | {"track": True}
-    logger = runtime.Logger(tmp_path, args)
+    logger = runtime.Logger(tmp_path, args, 0)
     logger.log({"losses/model": 1.0}, 8, 2)
     logger.gif("eval/episode", np.zeros((2, 8, 8), np.uint8), 8)
-    logger.progress(8, 0, 0)
-    again = runtime.Logger(tmp_path, args)
+    logger.progress(8, 0)
+    again = runtime.Logger(tmp_path, args, 0)
     again.load_state_dict(logger.state_dict())
     assert again.state_dict()["frames"] == 8
     for closing in (logger, again):
@@ -146,7 +146,7 @@ def test_other_processes_than_the_first_log_nothing(tmp_path, monkeypatch, capsy
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("sink", ["metrics.jsonl", "TensorBoard"])
 def test_a_full_disk_at_a_log_is_one_line(tmp_path, capsys, sink):
-    logger = runtime.Logger(tmp_path, ARGS)
+    logger = runtime.Logger(tmp_path, ARGS, 0)
     logger.writer.flush()
     if sink == "TensorBoard":
         [path] = tmp_path.glob("events.*")
@@ -185,7 +185,7 @@ def test_errors_in_the_users_threads_are_shown():
 # On resume
 def resumed_log(folder, size):
     """Goes on with the log of a checkpoint at frame 8 and adds a row -> its lines."""
-    again = runtime.Logger(folder, ARGS)
+    again = runtime.Logger(folder, ARGS, 0)
     again.load_state_dict({"frames": 8, "seconds": 1000.0, "bytes": size})
     again.log({"losses/kl": 2.0}, 12, 3)
     again.close()
@@ -194,7 +194,7 @@ def resumed_log(folder, size):
 
 def test_a_log_comes_back_from_a_checkpoint_as_it_was(tmp_path, logger):
     logger.began -= 1000  # seconds that it took
-    logger.progress(8, 0, 0)
+    logger.progress(8, 0)
     logger.log({"losses/kl": 1.0}, 8, 2)
     runtime.save_checkpoint(tmp_path, {"logger": logger}, {})
     state = logger.state_dict()
@@ -202,16 +202,16 @@ def test_a_log_comes_back_from_a_checkpoint_as_it_was(tmp_path, logger):
     assert (state["frames"], state["bytes"]) == (8, size)
     assert 1000 <= state["seconds"] < 1060
     for frames in (12, 16):
-        logger.progress(frames, 0, 0)
+        logger.progress(frames, 0)
         logger.log({"losses/kl": 9.0}, frames, 3)
     logger.writer.flush()
 
-    again = runtime.Logger(tmp_path, ARGS)
+    again = runtime.Logger(tmp_path, ARGS, 0)
     runtime.load_checkpoint(tmp_path, {"logger": again})
     assert again.state_dict() == state | {"seconds": pytest.approx(state["seconds"], abs=60)}
     assert (again.bar.n, again.bar.total) == (8, 40)
     for frames in (8, 12):
-        again.progress(frames, 0, 0)
+        again.progress(frames, 0)
         assert again.bar.n == again.frames == frames
     again.log({"losses/kl": 2.0}, 12, 3)
     again.close()
@@ -224,7 +224,7 @@ def test_a_log_of_a_checkpoint_before_the_first_row_is_empty(tmp_path, logger):
     state = logger.state_dict()
     assert (state["frames"], state["bytes"]) == (0, 0)
     logger.log({"losses/kl": 1.0}, 8, 2)
-    again = runtime.Logger(tmp_path, ARGS)
+    again = runtime.Logger(tmp_path, ARGS, 0)
     again.load_state_dict(state)
     again.close()
     assert rows(tmp_path) == []
@@ -270,7 +270,7 @@ def test_a_resumed_run_goes_on_in_its_run_of_weights_and_biases(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "wandb", init)
     args = ARGS | {"track": True, "wandb_project_name": "some", "wandb_entity": None}
     for _ in range(2):
-        runtime.Logger(tmp_path, args).close()
+        runtime.Logger(tmp_path, args, 0).close()
     where = {"project": "some", "entity": None, "name": tmp_path.name, "id": tmp_path.name}
     assert calls == [{"config": args, "sync_tensorboard": True, "resume": "allow"} | where] * 2
 
