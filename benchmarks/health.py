@@ -9,8 +9,7 @@ three stages, after so many updates, by the median of what was logged within a q
 number. The range of a metric reaches from the lowest to the highest of the good runs, and by half
 its width further on either side, for there are few of them. A run of a pinned task, with the same
 observations and sizes, is compared with the runs of this task. Any other one is compared with all
-runs of its script, and only in what does not depend on sizes and on the units of rewards and
-observations.
+runs of its script, and only in how far values are from what they are trained on.
 """
 
 import argparse
@@ -73,8 +72,8 @@ MEANING = {
     "grad_norm/actor": ("the actor is not driven: see imag/actor_entropy", "lower --actor-lr"),
     "grad_norm/critic": ("", "lower --critic-lr"),
 }  # fmt: skip
-# What does not depend on units of rewards and observations, and on the size of networks.
-COMPARABLE = ("losses/kl", "imag/discount", "value - return", "slow - value")
+# What can be compared between tasks, and what counts as equal there.
+COMPARABLE = {"value - return": 0.05, "slow - value": 0.05}
 # Flags in which a run agrees with those of a task that it is compared with.
 ALIKE = (
     "env_id", "env_kwargs", "observation", "pixels", "action_repeat", "reward_transform", "deter",
@@ -166,7 +165,7 @@ def outside(script, args, rows):
             if tag not in values or tag not in chosen[stage]:
                 continue
             low, high = chosen[stage][tag]
-            slack = (high - low) / 2
+            slack = max((high - low) / 2, COMPARABLE.get(tag, 0.0))
             meaning = ""
             if values[tag] < low - slack:
                 meaning = MEANING[tag][0]

@@ -1,7 +1,7 @@
 """Draws curves: the pinned ones, with the tables of results, or any runs side by side.
 
     python benchmarks/plot.py             benchmarks/plots/*.png, benchmarks/README.md and the
-                                          results table of docs/results.md
+                                          tables of results in docs/results.md and the README
     python benchmarks/plot.py --tables    the tables alone
     python benchmarks/plot.py --curves runs/benchmarks/curves --out plots     tasks, unpinned
     python benchmarks/plot.py runs/mine-* runs/base-* --out mine.png          any runs
@@ -31,6 +31,7 @@ COLORS = {
     "dreamerv1": "tab:blue", "dreamerv2": "tab:orange", "dreamerv3": "tab:green",
     "benchmarks/without_memory": "tab:gray",
 }  # fmt: skip
+SHORT = ("at the end, each seed", "authors", "commit")  # columns that the README leaves out
 GROUPS = {"cpu": "On a CPU", "gpu": "On a GPU"}
 ABOUT = """# Learning curves
 
@@ -102,35 +103,43 @@ def spelled(values):
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def table(tasks, folder):
-    """Markdown rows of what the tasks reached; `folder` leads from the text to benchmarks/.
+def cells(task, folder):
+    """What is told of a task in a table: {column: text}.
 
-    The authors' median (and range) over seeds lies on a line between their nearest two frames.
+    folder: leads from the text to benchmarks/. The authors' median (and range) over seeds lies on a
+    line between their nearest two frames.
     """
-    head = "task | env frames | held, each seed | worst, each seed | at the end, each seed"
-    head = f"| {head} | authors | best known | hours a seed | commit |"
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    for task in tasks:
-        runs = task["card"]["runs"]
-        returns = [run["final_eval_return"] for run in runs]
-        seeds = [(rows, records.last_frame(rows)) for rows in task["curves"].values()]
-        held = [records.held(rows, last) for rows, last in seeds]
-        worst = [records.worst(rows, last) for rows, last in seeds]
-        frames = min(run["env_frames"] for run in runs)
-        text, rows = "-", authors(task)
-        if rows and rows[0]["env_frames"] <= frames <= 1.05 * rows[-1]["env_frames"]:
-            at = [row["env_frames"] for row in rows]
-            row = {k: np.interp(frames, at, [r[k] for r in rows]) for k in ("min", "median", "max")}
-            text = f"{row['median']:.0f} ({row['min']:.0f} to {row['max']:.0f})"
-        hours = sorted(run["wall_hours"] for run in runs)
-        hours = dict.fromkeys(f"{h:.2f}" for h in (hours[0], hours[-1]))
-        link = f"[`{task['name']}`]({folder}curves/{task['name']}.yaml)"
-        cells = [link, f"{frames:,}"]
-        cells += [", ".join(map(records.shown, values)) for values in (held, worst, returns)]
-        cells += [text, str(task.get("best", "-")), " to ".join(hours)]
-        cells += [spelled(run["commit"] for run in runs)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    runs = task["card"]["runs"]
+    frames = min(run["env_frames"] for run in runs)
+    seeds = [(rows, records.last_frame(rows)) for rows in task["curves"].values()]
+    each = {
+        "held": [records.held(rows, last) for rows, last in seeds],
+        "worst": [records.worst(rows, last) for rows, last in seeds],
+        "at the end": [run["final_eval_return"] for run in runs],
+    }
+    reported, rows = "-", authors(task)
+    if rows and rows[0]["env_frames"] <= frames <= 1.05 * rows[-1]["env_frames"]:
+        at = [row["env_frames"] for row in rows]
+        row = {k: np.interp(frames, at, [r[k] for r in rows]) for k in ("min", "median", "max")}
+        reported = f"{row['median']:.0f} ({row['min']:.0f} to {row['max']:.0f})"
+    hours = sorted(run["wall_hours"] for run in runs)
+    return {
+        "task": f"[`{task['name']}`]({folder}curves/{task['name']}.yaml)",
+        "env frames": f"{frames:,}",
+        **{f"{k}, each seed": ", ".join(map(records.shown, v)) for k, v in each.items()},
+        "authors": reported,
+        "best known": str(task.get("best", "-")),
+        "hours a seed": " to ".join(dict.fromkeys(f"{h:.2f}" for h in (hours[0], hours[-1]))),
+        "commit": spelled(run["commit"] for run in runs),
+    }
+
+
+def table(tasks, folder, without=()):
+    """Markdown rows of what the tasks reached, without some columns."""
+    rows = [cells(task, folder) for task in tasks]
+    columns = [column for column in rows[0] if column not in without]
+    lines = [columns, ["---"] * len(columns), *([row[k] for k in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def between(text, name, new=None):
@@ -143,9 +152,13 @@ def between(text, name, new=None):
 
 
 def write_tables(tasks):
-    """Writes benchmarks/README.md and the table of docs/results.md."""
-    results = records.ROOT / "docs" / "results.md"
-    results.write_text(between(results.read_text(), "results", table(tasks, "../benchmarks/")))
+    """Writes benchmarks/README.md and the tables of docs/results.md and of the README."""
+    pages = {
+        records.ROOT / "README.md": table(tasks, "benchmarks/", SHORT),
+        records.ROOT / "docs" / "results.md": table(tasks, "../benchmarks/"),
+    }
+    for page, text in pages.items():
+        page.write_text(between(page.read_text(), "results", text))
     (records.ROOT / "benchmarks" / "README.md").write_text(report(tasks))
 
 

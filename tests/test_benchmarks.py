@@ -224,10 +224,9 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_checked(tmp_path, caps
 
 # What was measured with faults put in by hand (tests/test_learning.py): frames and return.
 FAULTS = [
-    ("dreamerv2-CartPole-v1", 15_000, 103.7, True),  # an imagined discount that ignores the head
+    ("dreamerv2-CartPole-v1", 15_000, 9.2, True),  # an imagined discount that ignores the head
     ("dreamerv2-CartPole-v1", 15_000, 9.1, True),  # an actor's loss of the wrong sign
-    ("dreamerv2-Pendulum-v1", 10_000, -688.8, True),  # a prior that is not trained
-    ("dreamerv2-CartPole-v1", 15_000, 408.9, False),  # the same on CartPole passes
+    ("dreamerv2-CartPole-v1", 15_000, 499.7, False),  # a prior that is not trained passes here
 ]
 
 
@@ -322,11 +321,12 @@ def test_the_pinned_curves_are_whole_and_as_their_cards_say(tmp_path):
     card = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
     card["runs"][1]["final_eval_return"] += 1
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(card))
-    (tmp_path / "dreamerv1-CartPole-v1.yaml").unlink()
+    (tmp_path / "dreamerv1-Acrobot-v1.csv").write_bytes((tmp_path / f"{name}.csv").read_bytes())
+    (tmp_path / "dreamerv1-Acrobot-v1.yaml").unlink(missing_ok=True)
     wrong = check.check_pinned(tmp_path)
     assert len(wrong) == 2
-    assert "dreamerv1-CartPole-v1: a curve or a card is missing" in wrong
-    assert f"{name} seed 2: the curve ends with" in wrong[1]
+    assert "dreamerv1-Acrobot-v1: a curve or a card is missing" in wrong
+    assert f"{name} seed {card['runs'][1]['seed']}: the curve ends with" in wrong[1]
 
 
 def args_of(task):
@@ -350,7 +350,9 @@ def test_each_card_has_the_hyperparameters_of_its_task():
 
 def test_the_tables_of_results_are_those_of_the_curves():
     tasks = list(plot.pinned(records.CURVES))
-    assert len(tasks) >= 5
+    assert tasks
+    readme = (ROOT / "README.md").read_text()
+    assert plot.between(readme, "results") == plot.table(tasks, "benchmarks/", plot.SHORT) + "\n"
     results = (ROOT / "docs" / "results.md").read_text()
     assert plot.between(results, "results") == plot.table(tasks, "../benchmarks/") + "\n"
     assert (ROOT / "benchmarks" / "README.md").read_text() == plot.report(tasks)
