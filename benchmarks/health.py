@@ -7,9 +7,10 @@ Good runs are the pinned ones of benchmarks/curves, whose metrics are in benchma
 held at least 90 % of what the best seed of their task gained over random play. Runs are compared at
 three stages, after so many updates, by the median of what was logged within a quarter of that
 number. The range of a metric reaches from the lowest to the highest of the good runs, and by half
-its width further on either side, for there are few of them. A run of a pinned task, with the same
-observations and sizes, is compared with the runs of this task. Any other one is compared with all
-runs of its script, and only in how far values are from what they are trained on.
+its width (or 1 % of the highest) further on either side, for there are few of them. A run of a
+pinned task, with the same observations and sizes, is compared with the runs of this task. Any other
+one is compared with all runs of its script, and only in how far values are from what they are
+trained on.
 """
 
 import argparse
@@ -165,7 +166,8 @@ def outside(script, args, rows):
             if tag not in values or tag not in chosen[stage]:
                 continue
             low, high = chosen[stage][tag]
-            slack = max((high - low) / 2, COMPARABLE.get(tag, 0.0))
+            # A metric that is a constant in good runs may differ by its rounding.
+            slack = max((high - low) / 2, 0.01 * abs(high), COMPARABLE.get(tag, 0.0))
             meaning = ""
             if values[tag] < low - slack:
                 meaning = MEANING[tag][0]

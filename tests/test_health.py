@@ -65,6 +65,14 @@ def pinned(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_constant_may_differ_by_its_rounding(pinned):
+    path = pinned / "metrics" / "dreamerv2-CartPole-v1.csv"
+    for seed in (11, 12):
+        records.add_metrics([log(1000, **{"imag/discount": 0.989999})], seed, path)
+    assert health.outside("dreamerv2", CARTPOLE, [log(1000, **{"imag/discount": 0.989994})]) == []
+    assert len(health.outside("dreamerv2", CARTPOLE, [log(1000, **{"imag/discount": 0.97})])) == 1
+
+
 def test_seeds_that_lost_what_they_had_learned_are_not_good(pinned):
     assert health.good_seeds("dreamerv2-CartPole-v1", pinned / "curves") == [11, 12]
     assert health.ranges(health.good_runs("dreamerv2")["dreamerv2-CartPole-v1"])[1000] == {
@@ -78,6 +86,7 @@ def test_seeds_that_lost_what_they_had_learned_are_not_good(pinned):
         ({}, 4.9, 34.0, []),  # within half a width of the range
         ({"seed": 7}, 5.1, 36.0, ["losses/kl is 5.1", "grad_norm/critic is 36"]),
         ({}, 0.9, 1.0, ["losses/kl is 0.9"]),  # a small gradient is no concern
+        ({"seed": 8}, 3.0, 29.0, []),
         # Both are others in another world or in a larger network.
         ({"env_id": "my_env:Corridor-v0"}, 5.1, 36.0, []),
         ({"pixels": True}, 5.1, 36.0, []),
