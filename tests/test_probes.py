@@ -21,14 +21,14 @@ import runtime
 GAMMA = 0.8
 FLAGS = f"""--gamma {GAMMA} --batch-length 8 --imag-horizon 5 --deter 32 --hidden 32 --stoch 4
     --units 32 --cnn-depth 4 --grayscale --num-envs 4"""
-RATES = "--model-lr 3e-3 --actor-lr 2e-3 --critic-lr 3e-3"
+RATES = "--model-lr 3e-3 --actor-lr 2e-3 --critic-lr 3e-3 --vector-scale 1"
 # Each script's own. Straight-through gradients take an action's slope for its worth, so DreamerV1
 # has the authors' layers, and an actor slow enough to stay undecided until the model is learnt.
 V1 = f"dreamerv1.py {RATES} --act elu --norm none"
 COMMANDS = {
     "v1": f"{V1} --actor-lr 5e-4",
     "reinforce": f"{V1} --actor-grad reinforce --actor-entropy 1e-3",
-    "v2": f"dreamerv2.py {RATES} --slow-update 10",
+    "v2": f"dreamerv2.py {RATES} --slow-update 10 --actor-entropy 1e-3",
     "v3": "dreamerv3.py --lr 2e-3 --warmup 10 --slow-rate 0.1 --return-rate 0.1",
 }
 
