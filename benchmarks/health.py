@@ -168,11 +168,12 @@ def outside(script, args, rows):
             low, high = chosen[stage][tag]
             # A metric that is a constant in good runs may differ by its rounding.
             slack = max((high - low) / 2, 0.01 * abs(high), COMPARABLE.get(tag, 0.0))
+            too_low, too_high = MEANING[tag]
             meaning = ""
             if values[tag] < low - slack:
-                meaning = MEANING[tag][0]
+                meaning = too_low
             if values[tag] > high + slack:
-                meaning = MEANING[tag][1]
+                meaning = too_high
             if meaning:
                 said.append(
                     f"{tag} is {values[tag]:.3g} after {stage:,} updates, good runs have"
@@ -184,23 +185,22 @@ def outside(script, args, rows):
 def table(runs):
     """Markdown rows of the ranges of a task's good runs."""
     found = ranges(runs)
-    lines = [
-        "| metric | " + " | ".join(f"{stage:,}" for stage in STAGES) + " |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for tag in MEANING:
-        cells = [found[stage].get(tag) for stage in STAGES]
-        if any(cells):
-            cells = [f"{cell[0]:.3g} to {cell[1]:.3g}" if cell else "-" for cell in cells]
-            lines.append(f"| `{tag}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if any(tag in found[stage] for stage in STAGES):
+            rows.append([f"`{tag}`", *(range_text(found[stage].get(tag)) for stage in STAGES)])
+    return plot.markdown(["metric", *(f"{stage:,}" for stage in STAGES)], rows)
+
+
+def range_text(ends):
+    """A lowest and a highest value as text, or a dash for None."""
+    return f"{ends[0]:.3g} to {ends[1]:.3g}" if ends else "-"
 
 
 def meanings():
     """Markdown rows of what each metric means."""
-    lines = ["| metric | too low | too high |", "|---|---|---|"]
-    lines += [f"| `{tag}` | {low or '-'} | {high or '-'} |" for tag, (low, high) in MEANING.items()]
-    return "\n".join(lines)
+    rows = [[f"`{tag}`", low or "-", high or "-"] for tag, (low, high) in MEANING.items()]
+    return plot.markdown(["metric", "too low", "too high"], rows)
 
 
 def tables():
@@ -221,6 +221,8 @@ def main(argv=None):
     if (args.run is None) != args.tables:
         parser.error("name a run, or --tables")
     if args.tables:
+        if not tables():
+            sys.exit(f"error: there are no metrics of a task in {METRICS}")
         path = records.ROOT / "docs" / "health.md"
         text = plot.between(path.read_text(), "meanings", meanings())
         path.write_text(plot.between(text, "ranges", tables()))

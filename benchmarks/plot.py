@@ -138,7 +138,12 @@ def table(tasks, folder, without=()):
     """Markdown rows of what the tasks reached, without some columns."""
     rows = [cells(task, folder) for task in tasks]
     columns = [column for column in rows[0] if column not in without]
-    lines = [columns, ["---"] * len(columns), *([row[k] for k in columns] for row in rows)]
+    return markdown(columns, [[row[column] for column in columns] for row in rows])
+
+
+def markdown(columns, rows):
+    """A table with a header, of lists of texts."""
+    lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
