@@ -38,7 +38,7 @@ def test_a_run_is_timed_from_its_cold_start_until_it_has_solved_its_task(monkeyp
     assert run["return"] >= 5
     assert run["frames"] == 1000
     assert run["updates"] == 101
-    assert run["seconds"] < took
     assert run["parts"].keys() >= {"import", "environment", "learning", "evaluation", "logs"}
-    assert sum(run["parts"].values()) == pytest.approx(took, rel=0.1)
+    # The parts leave nothing out: it is solved before its last save, and Python exits after it.
+    assert run["seconds"] - 0.1 < sum(run["parts"].values()) < took
     assert run["parts"]["learning"] > run["parts"]["environment"]
