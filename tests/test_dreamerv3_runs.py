@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from helpers.envs import env_args
 from helpers.processes import finish, start
 from helpers.runs import (
     checkpoint, counters, metrics, module_of, parse, play, run, signal_after, the_run, values,
@@ -120,19 +119,3 @@ def test_processes_share_the_batch_and_keep_equal_weights(tmp_path):
     args = parse(SCRIPT, f"{flags} --num-envs 2")
     assert abs(updates - dreamerv3.updates_owed(step, args)) <= 1
     assert {"rank1", "replay"} <= {path.name for path in folder.iterdir()}
-
-
-def test_the_presets_are_those_of_the_paper():
-    published = {
-        "atari": ("200m", 32, 4, 16, 204_000_000), "atari100k": ("200m", 256, 4, 1, 440_000),
-        "dmc_vector": ("12m", 512, 2, 16, 600_000), "dmc_pixels": ("12m", 512, 2, 16, 1_200_000),
-        "crafter": ("200m", 512, 1, 1, 1_100_000),
-    }  # fmt: skip
-    for name, numbers in published.items():
-        args = dreamerv3.Args(**dreamerv3.PRESETS[name])
-        ours = (args.size, args.train_ratio, args.action_repeat, args.num_envs, args.total_frames)
-        assert ours == numbers
-        assert (args.batch_size, args.batch_length, args.imag_horizon) == (16, 64, 15)
-        assert (args.lr, args.warmup, args.agc, args.actor_entropy) == (4e-5, 1000, 0.3, 3e-4)
-        assert args.gamma == pytest.approx(1 - 1 / 333)
-    assert common.choose_preset(env_args("CartPole-v1", preset="crafter")) == "crafter"

@@ -1,9 +1,12 @@
 """The presets of each script are the hyperparameters that its paper and its code published."""
 
 import pytest
+from helpers.envs import env_args
 
+import common
 import dreamerv1
 import dreamerv2
+import dreamerv3
 
 SUITE = {"action_repeat": 2, "time_limit": 1000}  # DeepMind's control suite
 GAMES = {
@@ -50,10 +53,43 @@ V2_ATARI = V2 | GAMES | {
     "prefill": 50_000, "pretrain": 1, "train_every": 16,
 }  # fmt: skip
 
+V3 = {
+    "batch_size": 16, "batch_length": 64, "num_envs": 16, "layers": 3, "stoch": 32, "blocks": 8,
+    "unimix": 0.01, "dyn_scale": 1, "rep_scale": 0.1, "free_nats": 1, "gamma": 1 - 1 / 333,
+    "discount_lambda": 0.95, "imag_horizon": 15, "actor_dist": "auto", "actor_entropy": 3e-4,
+    "return_rate": 0.01, "replay_critic": 0.3, "slow_rate": 0.02, "slow_scale": 1, "lr": 4e-5,
+    "warmup": 1000, "agc": 0.3, "replay_size": 5_000_000,
+}  # fmt: skip
+V3_GAMES = V3 | {"size": "200m", "action_repeat": 4, "full_action_space": True}
+V3_ATARI = V3_GAMES | {
+    "grayscale": True, "sticky_prob": 0.25, "time_limit": 108_000, "train_ratio": 32,
+    "total_frames": 204_000_000,
+}  # fmt: skip
+V3_ATARI100K = V3_GAMES | {
+    "grayscale": False, "sticky_prob": 0, "time_limit": 100_000, "train_ratio": 256,
+    "num_envs": 1, "total_frames": 440_000,
+}  # fmt: skip
+V3_DMC = V3 | SUITE | {"size": "12m", "train_ratio": 512, "grayscale": False}
+V3_CRAFTER = V3 | {
+    "size": "200m", "action_repeat": 1, "grayscale": False, "train_ratio": 512, "num_envs": 1,
+    "total_frames": 1_100_000,
+}  # fmt: skip
+# Small tasks change sizes, rates, horizons and entropy; losses and scales stay.
+CHANGED = {
+    "batch_size", "batch_length", "num_envs", "layers", "stoch", "blocks", "gamma",
+    "imag_horizon", "actor_entropy", "lr", "warmup",
+}  # fmt: skip
+V3_OTHER = {k: v for k, v in V3.items() if k not in CHANGED}
+
 TABLES = {
     dreamerv1: {"atari": V1_ATARI, "dmc_pixels": V1_DMC, "dmc_vector": V1_DMC, "other": OTHER},
     dreamerv2: {"atari": V2_ATARI, "dmc_pixels": V2_DMC, "dmc_vector": V2_DMC, "other": OTHER},
-}
+    dreamerv3: {
+        "atari": V3_ATARI, "atari100k": V3_ATARI100K, "crafter": V3_CRAFTER,
+        "dmc_pixels": V3_DMC | {"total_frames": 1_200_000},
+        "dmc_vector": V3_DMC | {"total_frames": 600_000}, "other": V3_OTHER,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", TABLES, ids=lambda script: script.__name__)
@@ -64,3 +100,7 @@ def test_presets_equal_the_published_hyperparameters(script):
         assert {k: args[k] for k in table} == table, name
         if script is dreamerv1 and name != "atari":  # whose replay would be too large
             assert args["replay_size"] >= args["total_frames"] // args["action_repeat"], name
+
+
+def test_a_preset_can_be_named_where_the_id_would_choose_another():
+    assert common.choose_preset(env_args("CartPole-v1", preset="crafter")) == "crafter"
