@@ -52,8 +52,8 @@ from records import shown
 
 # Flags without which returns do not mean the same, or are not measured in the same way.
 SAME = [
-    "env_id", "time_limit", "sticky_prob", "full_action_space", "eval_every", "eval_episodes",
-    "eval_envs",
+    "env_id", "env_kwargs", "time_limit", "sticky_prob", "full_action_space", "eval_every",
+    "eval_episodes", "eval_envs", "eval_sample",
 ]  # fmt: skip
 SIMULATIONS = 20_000
 
@@ -228,16 +228,15 @@ def show(name, results):
         )
 
 
-def files(paths):
-    """The CSV files that are meant by files and folders, or None for each that has none."""
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
-        if not found:
-            hint = "; a run folder needs --against" if (path / "args.yaml").exists() else ""
-            print(
-                f"error: {path} is neither a CSV file nor a folder with any{hint}", file=sys.stderr
-            )
-        yield from found or [None]
+def find_files(path):
+    """The CSV files that are meant by a file or a folder; ValueError if there is none."""
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob("*.csv"))
+    if not found:
+        hint = "; a run folder needs --against" if (path / "args.yaml").exists() else ""
+        raise ValueError(f"{path} is neither a CSV file nor a folder with any{hint}")
+    return found
 
 
 def check_new(paths, pinned, alpha):
@@ -245,17 +244,21 @@ def check_new(paths, pinned, alpha):
 
     What cannot be compared is said in one line, and the others are checked.
     """
-    short, unusable = [], []
-    for file in files(paths):
-        if file is None:
-            unusable.append("")
-            continue
+    short, unusable, files = [], [], []
+    for path in map(Path, paths):
+        try:
+            files += find_files(path)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            unusable.append(path.name)
+    for file in files:
         old = Path(pinned) / file.name
         try:
             if not old.exists():
                 raise ValueError(f"there is no pinned curve {old}, compare it with --against")
-            curves = [[*records.read_curve(path).values()] for path in (old, file)]
-            results = compare(*curves, alpha)
+            curves = [records.curves_of_file(path) for path in (old, file)]
+            refuse_other_settings([*curves[0], *curves[1]])
+            results = compare(*([curve.rows for curve in side] for side in curves), alpha)
         except (ValueError, KeyError, ArithmeticError) as error:
             print(f"error: {file} cannot be checked: {error}", file=sys.stderr)
             unusable.append(file.stem)

@@ -39,10 +39,10 @@ MEANING = {
         "", "vectors are not learnt: bring their entries to the order of 1, raise --vector-scale"
     ),
     "losses/reward": (
-        "", "rewards are not foretold, or are large: scale them, or --reward-transform tanh"
+        "", "rewards are not predicted, or are large: scale them, or --reward-transform tanh"
     ),
     "losses/discount": (
-        "", "ends are not foretold: see that the environment says terminated, not truncated"
+        "", "ends are not predicted: see that the environment says terminated, not truncated"
     ),
     "losses/kl": (
         "the posterior tells nothing new: see losses/vector or losses/image",
@@ -52,7 +52,7 @@ MEANING = {
         "", "latents are not used: lower --kl-scale, raise --vector-scale"
     ),
     "model/prior_entropy": (
-        "", "what comes next is not foretold: train for longer, raise --batch-length"
+        "", "what comes next is not predicted: train for longer, raise --batch-length"
     ),
     "imag/actor_entropy": (
         "the policy is certain too early: raise --actor-entropy, lower --actor-lr",
@@ -110,7 +110,7 @@ def good_seeds(name, curves=records.CURVES):
     """The seeds of a pinned task that held 90 % of what the best one gained over random play."""
     seeds = records.read_curve(Path(curves) / f"{name}.csv")
     held = {seed: records.held(rows, records.last_frame(rows)) for seed, rows in seeds.items()}
-    random = np.nanmean([records.untrained(rows) for rows in seeds.values()])
+    random = records.tasks()[name]["random"]
     enough = random + 0.9 * (max(held.values()) - random)
     return [seed for seed, value in held.items() if value >= enough]
 

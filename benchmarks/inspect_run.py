@@ -4,7 +4,7 @@
     python benchmarks/inspect_run.py RUN --film     # RUN/videos/evaluate.gif, shows the return
     python benchmarks/inspect_run.py RUN --dream    # RUN/videos/dream.gif, all of it imagined
 
-The report compares what the model foretells with what then happened: in fresh episodes, which the
+The report compares what the model predicts with what then happened: in fresh episodes, which the
 agent plays for it and was never trained on, and in windows of its replay. `instruments.py` says
 how each number is found; report.json, beside the report, has them all. Nothing that the folder
 holds is executed: the script is this repository's own of the run's name, or the one of --script.
@@ -69,7 +69,7 @@ def measure(run, episodes, horizon, seed=0):
         },
         "recent_log_likelihood": tools.log_likelihood(run, recent),
         "health": tools.health(run, windows),
-        "sight": tools.sight(run, windows),
+        "explained_variance": tools.explained_variance(run, windows),
         "evidence": {
             "rewards": tools.evidence(fresh)["rewards"], "ends": tools.evidence(windows)["ends"],
         },
@@ -101,17 +101,17 @@ def faults(numbers):
     value = numbers["optimism"]
     drift = numbers["drift"]["far"]
     kl = sum(numbers["health"]["kl"])
-    uninformed = numbers["health"]["uninformed"]
+    uninformed_kl = numbers["health"]["uninformed_kl"]
     fresh = numbers["predictable"]["fresh"]
     replay = numbers["predictable"]["replay"]
-    if max(numbers["sight"].values()) < 0.5:
+    if max(numbers["explained_variance"].values()) < 0.5:
         said.append("It does not see: reconstructions explain less than half of the variance.")
     if numbers["health"]["collapsed"] == 1:
         said.append("No latent depends on what is seen.")
-    if uninformed > 0.1 and kl > 0.8 * uninformed:
+    if uninformed_kl > 0.1 and kl > 0.8 * uninformed_kl:
         said.append(
-            f"The prior does not foretell the posterior: it is {kl:.1f} nats away, a guess that"
-            f" knows nothing {uninformed:.1f}. It is untrained, or nothing can be foretold."
+            f"The prior does not predict the posterior: it is {kl:.1f} nats away, a guess that"
+            f" knows nothing {uninformed_kl:.1f}. It is untrained, or nothing can be predicted."
         )
     if fresh is not None and numbers["evidence"]["rewards"] >= ENOUGH:
         if fresh < 0:
@@ -124,7 +124,7 @@ def faults(numbers):
             said.append(f"A horizon above {max(fresh, 1)} trains on fantasy; it is {horizon}.")
     ends = numbers["predictable"]["ends"]
     if ends is not None and ends < 0 and numbers["evidence"]["ends"] >= ENOUGH:
-        said.append("Ends of episodes are foretold no better than by their rate.")
+        said.append("Ends of episodes are predicted no better than by their rate.")
     if abs(value["optimism"]) > 0.5:
         more = "more" if value["optimism"] > 0 else "less"
         said.append(f"Values promise {abs(value['optimism']):.0%} {more} than what follows.")
@@ -139,7 +139,7 @@ def faults(numbers):
 
 
 def description(numbers):
-    """How far rewards, or else ends, are foretold, and how right the values are."""
+    """How far rewards, or else ends, are predicted, and how right the values are."""
     said = []
     value = numbers["optimism"]
     steps = numbers["predictable"]["fresh"]
@@ -327,23 +327,29 @@ def captioned(frame, text):
 
 
 def film_episode(run, limit=1000):
-    """An evaluation episode as frames with the return so far on them -> frames, return."""
+    """Plays an episode as evaluations do, with a seed that none of them has.
+
+    -> frames with the return so far on them, the first `limit` ones, and the return
+    """
     envs = common.Envs(run.args, 1, first_index=30_000, render=True)
-    play = partial(run.script.policy, run.agent, sample=False)
+    sample = getattr(run.args, "eval_sample", False)  # V1 and V2 evaluate the mode
+    play = partial(run.script.policy, run.agent, sample=sample)
     act = runtime.Captured(play, run.device, False)
     state = run.rssm.initial(1)
     frames = []
-    envs.send(envs.random_actions())  # a reset ignores them
-    while True:
-        row, _ = envs.receive()
-        total = float(envs.returns[0])
-        if len(frames) < limit:
-            frames.append(captioned(envs.render(), f"return {total:.1f}"))
-        if envs.all_ended:
-            envs.close()
-            return frames, total
-        action, state = act(row, state)
-        envs.send(action)
+    with envs.evaluating():  # which bounds its length
+        action = envs.random_actions()  # a reset ignores them
+        ended = False
+        while not ended:
+            envs.send(action)
+            row, _ = envs.receive()
+            total = float(envs.returns[0])
+            if len(frames) < limit:
+                frames.append(captioned(envs.render(), f"return {total:.1f}"))
+            ended = envs.all_ended
+            action, state = act(row, state)
+    envs.close()
+    return frames, total
 
 
 @torch.no_grad()
@@ -379,8 +385,11 @@ def figure(data, caption, kind="png", css=""):
     return f"<figure>{images}<figcaption>{caption}</figcaption></figure>"
 
 
-def told(steps):
-    return "they do not vary" if steps is None else "not at all" if steps < 0 else steps
+def steps_text(steps):
+    """What `instruments.predictable` gives, for people."""
+    if steps is None:
+        return "they do not vary"
+    return "not at all" if steps < 0 else str(steps)
 
 
 def rows(pairs):
@@ -400,10 +409,12 @@ def error_rows(numbers):
 def report(run, numbers, fresh, windows, log):
     """The page, as text."""
     value = numbers["optimism"]
-    health = numbers["health"]
+    latents = numbers["health"]
     steps = numbers["predictable"]
     rank = value["rank_correlation"]
-    late = numbers["replay_optimism"]
+    replay_bias = "unknown"
+    if numbers["replay_optimism"] is not None:
+        replay_bias = f"{numbers['replay_optimism']:+.0%}"
     args = html.escape((run.folder / "args.yaml").read_text())
     title = html.escape(f"{numbers['script']} on {numbers['env_id']}")
     parts = [f"<h1>{title}</h1><p>{numbers['frames']:,} frames, {numbers['updates']:,} updates. "]
@@ -417,7 +428,7 @@ def report(run, numbers, fresh, windows, log):
     parts.append(
         figure(
             draw_three(numbers, log),
-            "1: above the dotted line the model foretells rewards worse than half of what the mean"
+            "1: above the dotted line the model predicts rewards worse than half of what the mean"
             " reward would do; dashed is the horizon. 2: values far above what follows are"
             " optimism; dotted is what follows now. 3: if the return at H is not closer to the"
             " dotted line than at H/2, a longer horizon adds nothing but error.",
@@ -433,10 +444,10 @@ def report(run, numbers, fresh, windows, log):
         )
     )
     parts.append(rows([
-        ("rewards predictable to, fresh episodes (steps)", told(steps["fresh"])),
-        ("the same, replay", told(steps["replay"])),
+        ("rewards predictable to, fresh episodes (steps)", steps_text(steps["fresh"])),
+        ("the same, replay", steps_text(steps["replay"])),
         *error_rows(numbers),
-        ("ends of episodes predictable to, replay", told(steps["ends"])),
+        ("ends of episodes predictable to, replay", steps_text(steps["ends"])),
     ]))  # fmt: skip
     context = 5
     length = min(len(fresh["reward"]), context + len(numbers["fresh"]["reward"]))
@@ -460,7 +471,7 @@ def report(run, numbers, fresh, windows, log):
         ("value of visited states, mean", f"{value['value']:.2f}"),
         ("what really followed, discounted, mean", f"{value['followed']:.2f}"),
         ("bias", f"{value['bias']:+.2f} ({value['optimism']:+.0%})"),
-        ("bias in windows of the replay", "unknown" if late is None else f"{late:+.0%}"),
+        ("bias in windows of the replay", replay_bias),
         ("rank correlation", "none" if rank is None else f"{rank:.2f}"),
         ("imagined return at H/2, H, 2H", ", ".join(
             f"{value[f'return_{k}_horizon']:.2f}" for k in ("half", "full", "double"))),
@@ -480,12 +491,12 @@ def report(run, numbers, fresh, windows, log):
     parts.append(figure(draw_latents(run, fresh), "The posterior in an episode."))
     parts.append(rows([
         ("entropy of posterior, prior (nats)",
-         f"{health['entropy']['post']:.2f}, {health['entropy']['prior']:.2f}"),
+         f"{latents['entropy']['post']:.2f}, {latents['entropy']['prior']:.2f}"),
         ("KL, sum and largest of a latent (nats)",
-         f"{sum(health['kl']):.2f}, {max(health['kl']):.2f}"),
-        ("KL of the posterior from its own average", f"{health['uninformed']:.2f}"),
-        ("latents that never change", f"{health['collapsed']:.0%} of {health['latents']}"),
-        *((f"gradient norm, {k}", f"{v:.3g}") for k, v in health["gradient_norms"].items()),
+         f"{sum(latents['kl']):.2f}, {max(latents['kl']):.2f}"),
+        ("KL of the posterior from its own average", f"{latents['uninformed_kl']:.2f}"),
+        ("latents that never change", f"{latents['collapsed']:.0%} of {latents['latents']}"),
+        *((f"gradient norm, {k}", f"{v:.3g}") for k, v in latents["gradient_norms"].items()),
     ]))  # fmt: skip
     parts.append(f"<h2>Args</h2><pre>{args}</pre>")
     head = f"<title>{title}</title><style>{STYLE}</style>"

@@ -8,7 +8,7 @@ import copy
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -120,18 +120,19 @@ def play(run, episodes, first_index=20_000):
     rows = [[] for _ in range(count)]  # of the episode that each is in
     stream = []
     returns = []
-    envs.send(envs.random_actions())  # a reset ignores them
-    while quota.any():
-        row, _ = envs.receive()
-        for i in range(count):
-            rows[i].append({k: v[i] for k, v in row.items()})
-            if envs.ended[i] and quota[i]:
-                quota[i] -= 1
-                returns.append(float(envs.returns[i]))
-                stream += rows[i]
-                rows[i] = []
-        action, state = act(row, state)
-        envs.send(action)
+    with envs.evaluating():  # which bounds the length of episodes
+        envs.send(envs.random_actions())  # a reset ignores them
+        while quota.any():
+            row, _ = envs.receive()
+            for i in range(count):
+                rows[i].append({k: v[i] for k, v in row.items()})
+                if envs.ended[i] and quota[i]:
+                    quota[i] -= 1
+                    returns.append(float(envs.returns[i]))
+                    stream += rows[i]
+                    rows[i] = []
+            action, state = act(row, state)
+            envs.send(action)
     envs.close()
     batch = {k: np.stack([row[k] for row in stream])[:, None] for k in stream[0]}
     return tensors(batch, run.device), returns
@@ -175,8 +176,16 @@ def observe(run, batch):
 
 
 def dreams_begin_at_the_start(run):
-    """Whether imagination returns the start as well, as in V2, or what follows it, as in V1."""
+    """Whether a dream holds its start as well, as in V2 and V3, or what follows it, as in V1."""
     return "slow_critic" in run.agent
+
+
+def values_have_the_reward_of_arriving(run):
+    """Whether a state's value begins with the reward of having come there, as in V1 and V2.
+
+    In V3 it begins with the next one.
+    """
+    return "return_range" not in run.agent
 
 
 # Instruments
@@ -205,7 +214,7 @@ def horizon_curves(run, batch, horizon, images=256):
     with what a trivial predictor would have: the mean reward of the batch, the last observation.
     continuation: Brier score, beside that of the mean rate. kl: of the posterior that came from the
     rollout, in nats. A pair counts as long as the rollout has not come to an end: imagination gives
-    no weight to what lies behind one that it foretells.
+    no weight to what lies behind one that it predicts.
     """
     post, _ = observe(run, batch)
     reward = rewards(run, batch)
@@ -273,7 +282,7 @@ def evidence(batch):
 
 
 @torch.no_grad()
-def sight(run, batch):
+def explained_variance(run, batch):
     """The share of the variance of observations that reconstructions explain: dict of floats."""
     post, _ = observe(run, batch)
     shares = {}
@@ -296,7 +305,7 @@ def reward_errors(curves, horizon):
 def predictable(curves, name="reward"):
     """The number of steps up to which the error stays below half of the trivial predictor's.
 
-    -1 if it is above even with eyes open, None if there is nothing to foretell.
+    -1 if it is above even with eyes open, None if there is nothing to predict.
     """
     if name not in curves or curves[f"{name}_trivial"][0] < 1e-6:
         return None
@@ -304,21 +313,25 @@ def predictable(curves, name="reward"):
     return int(np.argmin(good)) - 1 if not good.all() else len(good) - 1
 
 
-def followed(run, batch, values):
-    """Discounted returns that really followed, with the reward of arriving as the values have it.
+def discounted_returns(run, batch, values):
+    """Discounted returns that really followed, counted as the values of the script count them.
 
     (T, B) rows, values (T, B) -> returns (T, B), and the share of each that is a value: where time
     ran out, or the rows end, the last state's value stands for what would have come.
     """
     reward = rewards(run, batch)
+    none = torch.zeros_like(reward)
+    at_arrival, at_leaving = (reward, none)
+    if not values_have_the_reward_of_arriving(run):
+        at_arrival, at_leaving = (none, reward)
     gamma = run.args.gamma
     first = batch["is_first"] != 0
     ends = batch["is_terminal"] != 0
-    returns = torch.where(ends, reward, values)  # of last rows, as is the share
+    returns = torch.where(ends, at_arrival, values)  # of last rows, as is the share
     share = (~ends).float()
     for t in reversed(range(len(reward) - 1)):
         goes_on = ~first[t + 1]
-        later = reward[t] + gamma * returns[t + 1]
+        later = at_arrival[t] + at_leaving[t + 1] + gamma * returns[t + 1]
         returns[t] = torch.where(goes_on, later, returns[t])
         share[t] = torch.where(goes_on, gamma * share[t + 1], share[t])
     return returns, share
@@ -326,12 +339,19 @@ def followed(run, batch, values):
 
 def behavior_loss(run, post, is_terminal, args):
     """That of the run's script; it names the networks as the agent does."""
-    return run.script.behavior_loss(**run.agent, post=post, is_terminal=is_terminal, args=args)
+    networks = dict(run.agent.items())
+    if "return_range" in networks:  # measuring must not move it
+        networks["return_range"] = copy.deepcopy(networks["return_range"])
+    return run.script.behavior_loss(**networks, post=post, is_terminal=is_terminal, args=args)
 
 
 @torch.no_grad()
 def imagined_returns(run, post, is_terminal, horizon):
-    """Lambda-returns of the first states of dreams, from starts (T, 1): what the actor goes by."""
+    """Lambda-returns of the first states of dreams, from starts (T, 1): what the actor goes by.
+
+    The script's `lambda_return` is watched while its loss is computed.
+    """
+    torch.manual_seed(0)
     original = run.script.lambda_return
     seen = []
 
@@ -364,7 +384,7 @@ def replay_optimism(run, windows):
         return None
     post, _ = observe(run, windows)
     values = run.agent["critic"](run.rssm.feat(post))
-    truth, share = followed(run, windows, values)
+    truth, share = discounted_returns(run, windows, values)
     bias = (values - truth)[counts].mean() / (1 - share)[counts].mean().clamp(min=1e-6)
     return float(bias / truth[counts].abs().mean().clamp(min=1e-6))
 
@@ -373,13 +393,12 @@ def replay_optimism(run, windows):
 def optimism(run, batch):
     """Values and dreamt returns at visited states against what followed: a dict of numbers.
 
-    States count where at most half of what followed is itself a value (see `followed`), or all if
-    there is no such one. Dreams begin at 1024 of them at most; in V1, whose dreams lack the start,
-    one step earlier.
+    States count where at most half of what followed is itself a value, or all if there is no such
+    one.
     """
     post, _ = observe(run, batch)
     values = run.agent["critic"](run.rssm.feat(post))
-    truth, share = (x[:, 0] for x in followed(run, batch, values))
+    truth, share = (x[:, 0] for x in discounted_returns(run, batch, values))
     values = values[:, 0]
     counts = (share <= 0.5) & (batch["is_first"][:, 0] == 0)
     if not counts.any():  # every episode is short of its horizon: all states, said so
@@ -393,30 +412,38 @@ def optimism(run, batch):
     constant = np.ptp(value) == 0 or np.ptp(truth) == 0
     rank = None if constant else float(scipy.stats.spearmanr(value, truth).statistic)
     result["rank_correlation"] = rank
+    result |= dreamt_returns(run, post, batch["is_terminal"], counts)
+    result["gain"] = (result["return_full_horizon"] - result["return_random"]) / scale
+    return result
+
+
+def dreamt_returns(run, post, is_terminal, counts):
+    """Mean returns of dreams of half, full and double length, and of random actions.
+
+    post, is_terminal: of a stream with B = 1; counts: (T,), the states that dreams begin at, 1024
+    at most; in V1, whose dreams lack the start, one step earlier.
+    """
     index = counts.nonzero()[:, 0].cpu()
     index = index[torch.as_tensor(np.random.default_rng(0).permutation(len(index))[:1024])]
     if not dreams_begin_at_the_start(run):
         index = index - 1  # of the same episode, for no counted row is a reset
         if run.model.discount:  # and V1 drops the last row of a window then
             index = torch.cat([index, index[-1:]])
-    chosen = {k: v[index] for k, v in post.items()}
-    ends = batch["is_terminal"][index]
+    starts = {k: v[index] for k, v in post.items()}
+    ends = is_terminal[index]
+    result = {}
     for name, horizon in horizons(run).items():
-        torch.manual_seed(0)
-        result[f"return_{name}_horizon"] = float(
-            imagined_returns(run, chosen, ends, horizon).mean()
-        )
-    policy = run.agent["actor"]
-    run.agent["actor"] = indifferent(policy)
-    torch.manual_seed(0)
-    random = imagined_returns(run, chosen, ends, run.args.imag_horizon)
-    run.agent["actor"] = policy
-    result["return_random"] = float(random.mean())
-    result["gain"] = (result["return_full_horizon"] - result["return_random"]) / scale
+        returns = imagined_returns(run, starts, ends, horizon)
+        result[f"return_{name}_horizon"] = float(returns.mean())
+    networks = torch.nn.ModuleDict(dict(run.agent.items()))
+    networks["actor"] = uniform_policy(run.agent["actor"])
+    random = replace(run, agent=networks)
+    returns = imagined_returns(random, starts, ends, run.args.imag_horizon)
+    result["return_random"] = float(returns.mean())
     return result
 
 
-def indifferent(actor):
+def uniform_policy(actor):
     """A copy of an actor whose outputs are all zero: the same wide distribution in every state."""
     actor = copy.deepcopy(actor)
     for layer in (actor.out, getattr(actor, "std", actor.out)):
@@ -497,12 +524,12 @@ def collapsed(post):
 def health(run, batch):
     """Entropies, KL of each latent, collapsed latents, and the gradient norm of each module.
 
-    `uninformed` is the KL of the posterior from the best guess that knows nothing: its own average.
+    `uninformed_kl` is that of the posterior from the best guess that knows nothing: its average.
     """
     with torch.no_grad():
         post, prior = observe(run, batch)
         kl = latent_kl(run, post, prior).flatten(0, 1).mean(0)
-        uninformed = latent_kl(run, post, average(post)).sum(-1).mean()
+        uninformed_kl = latent_kl(run, post, average(post)).sum(-1).mean()
         entropy = {}
         for name, stats in (("post", post), ("prior", prior)):
             entropy[name] = float(run.rssm.dist(stats).entropy().sum(-1).mean())
@@ -519,7 +546,7 @@ def health(run, batch):
     run.agent.zero_grad()
     return {
         "entropy": entropy, "kl": kl.tolist(), "collapsed": dead,
-        "gradient_norms": norms, "uninformed": float(uninformed), "latents": len(kl),
+        "gradient_norms": norms, "uninformed_kl": float(uninformed_kl), "latents": len(kl),
     }  # fmt: skip
 
 

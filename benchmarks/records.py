@@ -190,8 +190,11 @@ def load_script(path):
 def commit(script):
     """The commit of a script's repository.
 
-    A plus says that the script, or common.py or runtime.py beside it, is not as committed there.
+    A plus says that the script, or what it imports of ours, is not as committed there.
     """
+    imported = [script.with_name(name) for name in ("common.py", "runtime.py")]
+    if script.is_relative_to(ROOT / "benchmarks"):  # without_memory.py imports a script as well
+        imported = [*ROOT.glob("dreamerv?.py"), ROOT / "common.py", ROOT / "runtime.py"]
 
     def git(*words):
         command = ["git", "-C", str(script.parent), *words]
@@ -201,9 +204,7 @@ def commit(script):
             return ""
 
     # What is untracked counts as changed, also if git is told to ignore it.
-    changed = git(
-        "status", "--porcelain", "--ignored", "--", script.name, "common.py", "runtime.py"
-    )
+    changed = git("status", "--porcelain", "--ignored", "--", script, *imported)
     head = git("rev-parse", "--short", "HEAD").strip() or "unknown"
     return f"{head}+" if changed.strip() else head
 
@@ -318,7 +319,7 @@ def write_csv(path, seeds, columns):
 
 
 def write(path, text):
-    """The whole text or, if something comes between, the old one."""
+    """Replaces a file; after a crash it holds the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f"{path.suffix}.new")
     new.write_text(text)

@@ -30,7 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import records
 
-OWN = [records.ROOT / "dreamerv1.py", records.ROOT / "dreamerv2.py"]
+OWN = [records.ROOT / f"dreamerv{version}.py" for version in (1, 2, 3)]
+OWN += [records.ROOT / "benchmarks" / "without_memory.py"]
 
 
 class Job:

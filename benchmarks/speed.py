@@ -89,8 +89,11 @@ SCALING = {
 }  # fmt: skip
 
 
-def prepare(work):
-    """The agent of a workload and a batch -> dict of name -> function to be timed, parameters."""
+def prepare(work, folder):
+    """The agent of a workload and a batch -> dict of name -> function to be timed, parameters.
+
+    folder: for its replay.
+    """
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
@@ -113,7 +116,6 @@ def prepare(work):
 
     rows = shapes | {"reward": (), "is_first": (), "is_terminal": ()}
     rng = np.random.default_rng(1)
-    folder = tempfile.mkdtemp(prefix="speed_")
     replay = common.Replay(folder, 2000, rows, num_envs=1, device=device)
     for step in range(2000):
         row = {"reward": rng.normal(size=1), "is_first": np.zeros(1), "is_terminal": np.zeros(1)}
@@ -129,8 +131,14 @@ def prepare(work):
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    # How the script draws a batch.
+    if work["script"] == "dreamerv3":
+        draw = {"fresh_first": True}
+    else:
+        draw = {"favor_ends": getattr(args, "favor_ends", False)}
+
     def sample():
-        batch = replay.sample(args.batch_size, args.batch_length, work["preset"] == "atari")
+        batch = replay.sample(args.batch_size, args.batch_length, **draw)
         wait()
         return batch
 
@@ -144,7 +152,7 @@ def prepare(work):
         return metrics
 
     def sample_and_update():
-        learn(replay.sample(args.batch_size, args.batch_length))  # waits for nothing
+        learn(replay.sample(args.batch_size, args.batch_length, **draw))  # waits for nothing
 
     def model_forward():
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
@@ -238,7 +246,11 @@ def kernels(functions):
 
 def work_on(work):
     """Answers commands from stdin, `update 3`, as the peer's process does."""
-    functions, counts = prepare(work)
+    with tempfile.TemporaryDirectory(prefix="speed_") as folder:
+        answer_commands(work, *prepare(work, folder))
+
+
+def answer_commands(work, functions, counts):
     print(json.dumps({"parameters": counts}), flush=True)
     for line in sys.stdin:
         what, times = line.rsplit(" ", 1)
@@ -314,7 +326,10 @@ def measure(name, args, **options):
     if args.gpu:
         report["losses"] = mine.ask("losses")["losses"]  # first, from the same weights
     for worker in workers.values():  # to touch the memory, warm the caches and capture graphs
-        worker.run("update", max(5 * args.gpu, args.warm_up * work["updates"]), keep=False)
+        calls = args.warm_up * work["updates"]
+        if args.gpu:
+            calls = max(5, calls)  # it records a graph at the fourth
+        worker.run("update", calls, keep=False)
         worker.run("policy", 20, keep=False)
     for _ in range(args.repeats):
         for worker in workers.values():

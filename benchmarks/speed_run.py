@@ -153,6 +153,11 @@ def time_peer(python, script, env_id, seed, ours):
     return seconds
 
 
+def without_evaluation(run):
+    """Seconds of a whole run of ours, less those of evaluations, of which the peer makes none."""
+    return sum(run["parts"].values()) - run["parts"]["evaluation"]
+
+
 def measure(script, seeds, peer_python=None):
     """Times runs on all tasks -> a list of reports, which are printed as they come."""
     if peer_python and script.stem not in ("dreamerv1", "dreamerv2"):
@@ -167,12 +172,16 @@ def measure(script, seeds, peer_python=None):
             del run["args"]
             runs.append(run)
             print(f"{env_id} seed {seed}: {json.dumps(run)}", flush=True)
-        seconds = statistics.median(run.get("seconds", float("inf")) for run in runs)
+        unsolved = [run["seed"] for run in runs if "seconds" not in run]
+        if unsolved:
+            print(f"error: {env_id} was not solved by seeds {unsolved}", file=sys.stderr)
+            continue
+        seconds = statistics.median(run["seconds"] for run in runs)
         evaluation = statistics.median(run["parts"]["evaluation"] for run in runs)
         report = {"script": script.name, "env_id": env_id, "solved at": solved, "runs": runs}
         report |= {"median seconds": seconds, "of which evaluation": evaluation}
         if peer_python:
-            ratios = [sum(run["parts"].values()) / run["peer seconds"] for run in runs]
+            ratios = [without_evaluation(run) / run["peer seconds"] for run in runs]
             report["ratio to the peer"] = round(statistics.median(ratios), 3)
         print(f"{env_id}: {json.dumps({k: v for k, v in report.items() if k != 'runs'})}")
         reports.append(report)

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,12 +214,16 @@ def test_curves_are_cut_to_the_shortest_and_like_is_compared_with_like(tmp_path)
 def test_what_cannot_be_compared_is_named_and_the_rest_is_checked(tmp_path, capsys):
     write_curve(tmp_path / "pinned" / "a.csv", {1: 490.0})
     write_curve(tmp_path / "pinned" / "c.csv", {1: 490.0, 2: 491.0})
-    for name in "abc":
-        write_curve(tmp_path / "new" / f"{name}.csv", {1: 490.0})
+    pinned = write_curve(tmp_path / "pinned" / "d.csv", {1: 490.0, 2: 491.0})
+    for name in "abcd":
+        new = write_curve(tmp_path / "new" / f"{name}.csv", {1: 490.0})
+    for path, limit in ((pinned, 0), (new, 7)):
+        path.with_suffix(".yaml").write_text(yaml.safe_dump({"args": {"time_limit": limit}}))
     assert check.main([str(tmp_path / "new"), "--pinned", str(tmp_path / "pinned")]) == 2
     out, err = capsys.readouterr()
     assert "a.csv cannot be checked: a spread takes two seeds, the old side has 1" in err
     assert "b.csv cannot be checked: there is no pinned curve" in err
+    assert "d.csv differ in time_limit: 0, 7" in err
     assert [line[:2] for line in out.splitlines()] == ["c ", "c "]
     assert check.main(["--pinned", str(tmp_path / "new" / "nowhere")]) == 1
 
@@ -279,6 +285,7 @@ def test_sides_may_be_curves_and_folders_with_runs(tmp_path, capsys):
     [
         ({"env_id": "Acrobot-v1"}, 2, "differ in env_id: CartPole-v1, Acrobot-v1"),
         ({"eval_episodes": 5}, 2, "differ in eval_episodes: 20, 5"),
+        ({"env_kwargs": '{"g": 5}'}, 2, 'differ in env_kwargs: {}, {"g": 5}'),
         ({}, 1, "a spread takes two seeds, the new side has 1"),
         ({}, 0, "a spread takes two seeds, the new side has 0"),
     ],
@@ -286,8 +293,8 @@ def test_sides_may_be_curves_and_folders_with_runs(tmp_path, capsys):
 def test_variants_that_cannot_be_compared_are_refused_in_one_line(
     args, seeds, words, tmp_path, capsys
 ):
-    base = write_runs(tmp_path, "base", [490.0, 500.0])
-    mine = write_runs(tmp_path, "mine", [490.0] * seeds, **args)
+    base = write_runs(tmp_path, "base", [490.0, 500.0], env_kwargs="{}")
+    mine = write_runs(tmp_path, "mine", [490.0] * seeds, **{"env_kwargs": "{}"} | args)
     assert check.main([*mine, "--against", *base]) == 2
     _, err = capsys.readouterr()
     assert words in err
@@ -532,6 +539,31 @@ def test_the_commit_of_a_script_has_a_plus_unless_it_is_as_committed(mine):
     with open("common.py", "a") as file:
         file.write("# changed\n")
     assert records.commit(mine).endswith("+")
+
+
+def test_the_commit_of_a_script_that_imports_another_has_a_plus_if_that_has_changed(mine):
+    shutil.copytree(ROOT, "repo", ignore=shutil.ignore_patterns(".git", "runs"))
+    code = "import records; print(records.commit(records.ROOT / 'benchmarks/without_memory.py'))"
+
+    def commit():
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd="repo/benchmarks", capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init"], ["add", "."], [*identity, "commit", "-m", "all"]):
+        subprocess.run(["git", *words], cwd="repo", check=True, capture_output=True)
+    assert re.fullmatch("[0-9a-f]{7,}", commit())
+    with open("repo/dreamerv2.py", "a") as file:
+        file.write("# changed\n")
+    assert commit().endswith("+")
+
+
+def test_the_scripts_of_the_repository_may_change_between_the_runs_of_a_grid(tmp_path):
+    scripts = {ROOT / f"{task['script']}.py" for task in records.tasks().values()}
+    assert scripts <= set(run.OWN)
+    assert all(path.is_file() for path in run.OWN)
 
 
 def test_a_script_is_looked_for_where_the_command_was_typed_and_then_here(mine):

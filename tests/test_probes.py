@@ -157,7 +157,7 @@ def test_the_value_of_a_constant_reward_goes_on_past_the_time_limit(
 
 
 @probe(("v1 v2", "", 400), ("v1 v2", "Continuous", 400), ("v2", "Pixels", 400))
-def test_a_reward_that_the_observation_foretold_is_remembered_and_valued(
+def test_a_reward_that_the_observation_predicted_is_remembered_and_valued(
     tmp_path, command, kind, updates
 ):
     play = train(command, f"ProbeObservation{kind}-v0", updates, tmp_path)
