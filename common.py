@@ -82,10 +82,11 @@ def make_env(args, index, render=False):
 
     if "MUJOCO_GL" not in os.environ and (dm_control or (draws and not atari)):
         choose_gl(needed=dm_control and draws)
-    with explain(f"no {env_id}", Exception, SystemExit):
+    asked = f"{env_id} with --env-kwargs {args.env_kwargs}" if keywords else env_id
+    with explain(f"no {asked}", Exception, SystemExit):
         if draws and not render and not dm_control and gives_images(env_id, keywords):
             draws = False
-            options = {}
+            del options["render_mode"]
         name = f"shimmy:{env_id}" if dm_control else env_id
         env = gym.make(name, disable_env_checker=True, **options, **keywords)
         if draws and not dm_control and "rgb_array" not in env.metadata.get("render_modes", ()):
@@ -127,6 +128,12 @@ def gives_images(env_id, keywords):
 def shape_text(space):
     """The shape of a box, as text."""
     return " x ".join(map(str, space.shape))
+
+
+def but_are(space):
+    """The end of a sentence that refuses a space."""
+    old = type(space).__module__.startswith("gym.")
+    return f", not {space}{', of gym and not of gymnasium' if old else ''}"
 
 
 def is_image(space):
@@ -182,12 +189,10 @@ class DreamerSpaces(gym.Wrapper):
         self.actions = env.action_space
         space = env.observation_space
         boxes = space.spaces if isinstance(space, Dict) else {None: space}  # a Box has no key
-        boxed = all(isinstance(box, Box) for box in boxes.values())
-        if not (boxed and isinstance(self.actions, Discrete | Box)):
-            both = f"{space} and {self.actions}"
-            old = [s for s in (space, self.actions) if type(s).__module__.startswith("gym.")]
-            hint = ": they are of gym, not of gymnasium" if old else ""
-            raise UserError(f"only Box, Dict of Box, Discrete fit, not {both}{hint}")
+        if not all(isinstance(box, Box) for box in boxes.values()):
+            raise UserError(f"observations have to be a Box or a Dict of them{but_are(space)}")
+        if not isinstance(self.actions, Discrete | Box):
+            raise UserError(f"actions have to be Discrete or a Box{but_are(self.actions)}")
 
         self.boxes = boxes
         images = [k for k, box in boxes.items() if is_image(box)]
@@ -292,6 +297,8 @@ class DreamerSpaces(gym.Wrapper):
             kind = type(obs).__name__
             raise ValueError(f"the observation is a {kind}, its space says {space}")
         parts = obs if is_dict else {None: obs}
+        if not parts.keys() >= self.boxes.keys():
+            raise ValueError(f"the observation has keys {', '.join(parts)}, its space says {space}")
         parts = {k: self.check(k, parts[k]) for k in self.image_keys + self.vector_keys}
         out = {}
         if "image" in self.observation_space.spaces:
@@ -565,13 +572,13 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
         to_play[i] = len(range(i, episodes, envs.num_envs))
     returns = []
     cut = 0
-    images = Film() if film and RANK == 0 else None
+    recorder = Film()
     with envs.evaluating(), forked_rng("evaluation", envs.seed):
         envs.send(envs.random_actions())  # a reset ignores them
         row, _ = envs.receive()
         while to_play.any() and not (interrupt and interrupt.received):
-            if images and envs.episodes[0] == 1 and not envs.ended[0]:
-                images.add(envs.render())
+            if film and RANK == 0 and envs.episodes[0] == 1 and not envs.ended[0]:
+                recorder.add(envs.render())
             action, state = act(row, state)
             envs.send(action)
             row, _ = envs.receive()
@@ -581,7 +588,7 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
                 to_play[i] -= 1
     gathered = all_gather((returns, cut))
     returns = np.concatenate([returns for returns, _ in gathered])
-    return returns, sum(cut for _, cut in gathered), images.images if images else []
+    return returns, sum(cut for _, cut in gathered), recorder.images
 
 
 class Film:
@@ -629,12 +636,11 @@ class Replay:
             lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
             # This process holds the lock until it ends, however it does.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.fresh = not any(self.folder.glob("*.npy"))
+        self.is_new = not any(self.folder.glob("*.npy"))
         self.written = self.map("written", (1, 2), np.int64)[0]  # rows ever written, capacity
         rows_written, old_capacity = self.written.tolist()
-        self.capacity = max(capacity, old_capacity)
-        if rows_written > old_capacity:  # the ring came round: rows lie at r % old_capacity
-            self.capacity = old_capacity
+        came_round = rows_written > old_capacity  # then rows lie at r % old_capacity
+        self.capacity = old_capacity if came_round else max(capacity, old_capacity)
         self.data = {}
         for key, shape in shapes.items():
             dtype = DTYPES.get(key, np.float32)
@@ -645,7 +651,7 @@ class Replay:
         """Makes an array, or opens one and lets its file grow to the shape."""
         path = self.folder / f"{name}.npy"
         with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
-            if self.fresh:
+            if self.is_new:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
             # To read at first, for opened to write, a file that was cut off would be filled up.
             data = np.lib.format.open_memmap(path, "r")
@@ -694,10 +700,9 @@ class Replay:
         windows = (len(self) - length + 1) * self.num_envs
         assert windows > 0, f"no {length} rows in a replay of {len(self)}"
         ends = self.windows_at_ends(length) if favor_ends else np.empty(0, int)
-        ticket = torch.randint(windows + length * len(ends), (batch_size,)).numpy()
-        extra = ticket >= windows
-        window = ticket.copy()
-        window[extra] = ends[(ticket[extra] - windows) // length]
+        window = torch.randint(windows + length * len(ends), (batch_size,)).numpy()
+        extra = window >= windows
+        window[extra] = ends[(window[extra] - windows) // length]
         row = self.start + window // self.num_envs
         env = window % self.num_envs
         if fresh_first:

@@ -165,7 +165,8 @@ def block(layer, args):
     if args.norm == "layer":
         modules.append(LayerNorm(len(layer.bias), channels_first=not dense))
     act = args.act if dense else args.cnn_act
-    modules.append({"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[act](inplace=True))
+    activation = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU}[act]
+    modules.append(activation(inplace=True))
     return nn.Sequential(*modules)
 
 
@@ -729,6 +730,7 @@ def main(args):
     counters = {"step": 0, "updates": 0, "last_report": 0}
     if not is_new:
         counters = runtime.load_checkpoint(run, parts)
+        runtime.write_args(run, config)
     step = counters["step"]  # agent steps of all environments
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames

@@ -567,7 +567,7 @@ class WorldModel(nn.Module):
         for key, recon in self.decoder(feat).items():
             target = pixels(batch[key]) if key == "image" else symlog(batch[key])
             square = (recon - target).square().flatten(2)  # (T, B, ...)
-            if key == "vector":
+            if key == "vector":  # the authors' symlog loss ignores errors below 1e-4
                 square = torch.where(square < 1e-8, 0.0, square)
             losses[key] = square.sum(-1)  # (T, B)
         losses["reward"] = self.reward.loss(self.reward.logits(feat), batch["reward"])
@@ -921,6 +921,7 @@ def main(args):
     counters = {"step": 0, "updates": 0, "last_report": 0}
     if not is_new:
         counters = runtime.load_checkpoint(run, parts)
+        runtime.write_args(run, config)
     step = counters["step"]  # agent steps of all environments
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames

@@ -204,7 +204,7 @@ def setup(seed, cuda, deterministic, threads):
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    choose_products()
+    choose_matmul_precision()
     torch.distributions.Distribution.set_default_validate_args(False)  # checks wait for the GPU
     device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
     if WORLD > 1:
@@ -219,7 +219,7 @@ def keep_freed_memory():
     libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
 
 
-def choose_products():
+def choose_matmul_precision():
     """How float32 matrices are multiplied: in TF32 on GPUs that have it, in float32 on CPUs.
 
     On AMD processors oneDNN takes half of MKL's time. torch hands it float32 matrices only if it
@@ -252,7 +252,7 @@ def join_processes(device):
         dist.init_process_group(
             backend, store=store, rank=RANK, world_size=WORLD, timeout=day
         )  # fmt: skip
-    if RANK:
+    if RANK:  # only the first process prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -327,7 +327,7 @@ def average_gradients(parameters):
 
 
 def gather_steps(row, episodes):
-    """Agent steps in a row, a reset being none, and ended episodes -> of all processes."""
+    """A row's agent steps, of which a reset is none, and ended episodes -> of all processes."""
     taken = int((1 - row["is_first"]).sum())
     gathered = all_gather((taken, episodes))
     return sum(n for n, _ in gathered), [episode for _, ended in gathered for episode in ended]
@@ -388,14 +388,16 @@ def parse_args(cls, presets, choose_preset, argv=None):
     named = [flag for flag in argv if flag.startswith(("--resume", "--evaluate"))]
     if len(named) > 1 or (named and not run):
         raise UserError("--resume and --evaluate take a run folder, and do not go together")
+    if given.resume and is_free(given.resume) and not any(f.startswith("--env-id") for f in argv):
+        raise UserError(f"there is no run in {run}; add --env-id to begin one there")
 
     exists = run and not (given.resume and is_free(run))
     if exists:
         default = read_args(cls, run)
+        # A module that the folder names is imported only if the user names it too.
         same_id = given.env_id == default["env_id"]
-        # An agent can be evaluated on another id; then the folder's own module is not imported.
-        elsewhere = given.evaluate and given.env_id != cls.env_id
-        if ":" in default["env_id"] and not (same_id or elsewhere):
+        elsewhere = given.evaluate and given.env_id != cls.env_id  # another id is played
+        if ":" in default["env_id"] and not same_id and not elsewhere:
             raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
     else:
         default = {"env_id": given.env_id, **presets[choose_preset(given)]}
@@ -430,8 +432,16 @@ def check_bounds(args):
 
 def read_args(cls, run):
     """What args.yaml of a run folder holds, checked against the types of `cls`."""
-    with explain(f"{run} is no run folder of this script", Exception):
-        args = yaml.safe_load((Path(run) / "args.yaml").read_text())
+    path = Path(run) / "args.yaml"
+    with explain(f"{run} is no run folder", OSError):
+        if not path.exists():
+            raise UserError(f"{run} is no run folder, it has no args.yaml")
+    refusal = f"{run} is no run folder of this script"
+    with explain(refusal, Exception):
+        args = yaml.safe_load(path.read_text())
+    if isinstance(args, dict) and "exp_name" in args:
+        refusal += f" but of {args['exp_name']}"
+    with explain(refusal, Exception):
         for name, hint in typing.get_type_hints(cls).items():
             if typing.get_origin(hint) is tuple and isinstance(args[name], list):
                 args[name] = tuple(args[name])  # YAML knows lists alone
@@ -493,7 +503,7 @@ def open_run(args, shapes, replay_bytes):
             for rank in range(WORLD):
                 (rank_folder(run, rank) / "replay").mkdir(parents=True)
             (run / "shapes.yaml").write_text(yaml.safe_dump(shapes, sort_keys=False))
-            write_args(run, args)
+        write_args(run, args)
     wait_for_all()
     if not is_new and not any((run / name).exists() for name in CHECKPOINTS):
         hint = "nothing was saved yet, remove the folder to begin again"
@@ -525,6 +535,8 @@ def rank_folder(run, rank=RANK):
 
 def write_args(run, args):
     """Puts args, a dict, into args.yaml; neither flag that names a run folder is part of it."""
+    if RANK:
+        return
     new = run / "args.new.yaml"
     new.write_text(yaml.safe_dump(args | {"resume": "", "evaluate": ""}, sort_keys=False))
     new.replace(run / "args.yaml")
@@ -548,7 +560,7 @@ def print_estimate(update, agent, optimizers, updates):
     update: function of agent and optimizers.
     """
     if updates <= 0:
-        tqdm.write("no updates to come")
+        tqdm.write("no updates to come: the run is complete, --total-frames can make it longer")
         return
     agent, optimizers = copy.deepcopy((agent, optimizers))
     with forked_rng("estimate"):
@@ -730,6 +742,7 @@ class Metrics:
     """
 
     def __init__(self):
+        self.recorded = False  # whether this process has seen an update
         self.names = []
         self.values = torch.zeros(0)  # of the last update
         self.first_bad = torch.tensor(torch.inf)  # the first update whose value was not finite
@@ -741,6 +754,10 @@ class Metrics:
         for name, value in values.items():
             if value.shape != ():
                 raise TypeError(f"metric {name} has shape {tuple(value.shape)}, not ()")
+        if self.recorded and list(values) != self.names:
+            other = ", ".join(sorted(set(values) ^ set(self.names)))
+            raise TypeError(f"every update has to report the same metrics, not at times: {other}")
+        self.recorded = True
         self.names = list(values)
         self.values = torch.stack(list(values.values()))
         bad_now = torch.where(self.values.isfinite(), torch.inf, updates)
@@ -786,12 +803,10 @@ class Logger:
 
     def __init__(self, run, args, total_updates):
         self.run = run
-        self.args = args
         self.total_updates = total_updates
         self.frames = 0
         self.learning = None  # whether it has begun
         self.since = None  # time, frames and updates when that began, or the run went on
-        self.kept = []  # rows of the frame at which a resumed run goes on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
             with explain("--track", Exception):
@@ -812,14 +827,8 @@ class Logger:
 
     @cached_property
     def writer(self):
-        """Of TensorBoard, which forgets what a resumed run is about to log again."""
-        frames = self.bar.initial
-        writer = SummaryWriter(self.run, purge_step=frames)
-        for row in self.kept:  # those of the checkpoint's own frame, purged with the rest
-            for tag, value in row.items():
-                if tag not in ("frames", "updates", "seconds"):
-                    writer.add_scalar(tag, value, frames)
-        return writer
+        """Of TensorBoard, which forgets what a resumed run logs again."""
+        return SummaryWriter(self.run, purge_step=self.bar.initial + 1)
 
     def state_dict(self):
         seconds = time.time() - self.began
@@ -827,20 +836,13 @@ class Logger:
         return {"frames": self.frames, "seconds": seconds, "bytes": size}
 
     def load_state_dict(self, state):
-        """Goes back to the log of a checkpoint; rows that came after it come again.
-
-        The last part to do so: from here on the run folder changes, with new values of flags.
-        """
+        """Goes back to the log of a checkpoint; rows that came after it come again."""
         self.began = time.time() - state["seconds"]
         self.frames = self.bar.n = self.bar.initial = state["frames"]
         if RANK == 0:
             size = min(state["bytes"], self.file.tell())
             self.file.truncate(size)
             self.file.seek(size)
-            for line in (self.run / "metrics.jsonl").read_bytes().splitlines():
-                if line.startswith(b'{"frames": %d, ' % self.frames):
-                    self.kept.append(json.loads(line))
-            write_args(self.run, self.args)
 
     def progress(self, frames, updates):
         """Moves the bar. Its speed is that since learning began, or the run went on; the time

@@ -245,7 +245,7 @@ class Asserts(Basic):
 @pytest.mark.parametrize(("cls", "said"), [
     (FourValues, "ValueError: not enough values to unpack"),
     (Grows, "the observation has shape (4,), its space says (3,)"),
-    (WrongKey, "KeyError: 'b'"),
+    (WrongKey, "ValueError: the observation has keys a, its space says Dict("),
     (Words, "the observation is <U3, its space says float32"),
     (TwoRewards, "the reward is [1. 1.]"),
 ])  # fmt: skip

@@ -64,7 +64,7 @@ def test_no_run_begins_in_a_folder_with_other_contents(tmp_path, entry):
     before = contents(tmp_path)
     assert not runtime.is_free(tmp_path)
     for flag in ("resume", "evaluate"):
-        said = f"^{tmp_path} is no run folder of this script: FileNotFoundError"
+        said = f"^{tmp_path} is no run folder, it has no args.yaml"
         with pytest.raises(runtime.UserError, match=said):
             parse("dreamerv2.py", f"--{flag} {tmp_path}")
     assert contents(tmp_path) == before

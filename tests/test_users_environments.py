@@ -266,7 +266,9 @@ def test_spaces_of_old_gym_are_said_to_be_such():
     class Old(Basic):
         observation_space = OldBox()
 
-    with pytest.raises(runtime.UserError, match=r"they are of gym, not of gymnasium"):
+    with pytest.raises(
+        runtime.UserError, match=r"Dict of them, not .*, of gym and not of gymnasium"
+    ):
         common.DreamerSpaces(Old(), "auto", False, 1, 0)
 
 
