@@ -6,11 +6,11 @@
 Good runs are the pinned ones of benchmarks/curves, whose metrics are in benchmarks/metrics, if they
 held at least 90 % of what the best seed of their task gained over random play. Runs are compared at
 three stages, after so many updates, by the median of what was logged within a quarter of that
-number. The range of a metric reaches from the lowest to the highest of the good runs, and by half
-its width (or 1 % of the highest) further on either side, for there are few of them. A run of a
-pinned task, with the same observations and sizes, is compared with the runs of this task. Any other
-one is compared with all runs of its script, and only in how far values are from what they are
-trained on.
+number. The range of a metric reaches from the lowest to the highest of the good runs, and by its
+width or by half of the larger end further on either side, for there are few of them. A run of a
+task with at least three good runs of other seeds, with the same observations and sizes, is compared
+with these. Any other one is compared with all good runs of its script, and only in how far values
+are from what they are trained on.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import records
 import runtime
 
 STAGES = (1000, 3000, 5900)  # updates
+ENOUGH = 3  # good runs of a task, below which they make no range
 METRICS = records.ROOT / "benchmarks" / "metrics"
 
 # What each metric means where it is too low and too high, and what to try first.
@@ -73,7 +74,7 @@ MEANING = {
     "grad_norm/actor": ("the actor is not driven: see imag/actor_entropy", "lower --actor-lr"),
     "grad_norm/critic": ("", "lower --critic-lr"),
 }  # fmt: skip
-# What can be compared between tasks, and what counts as equal there.
+# What can be compared between tasks, and how far beyond the range counts as equal there.
 COMPARABLE = {"value - return": 0.05, "slow - value": 0.05}
 # Flags in which a run agrees with those of a task that it is compared with.
 ALIKE = (
@@ -116,13 +117,13 @@ def good_seeds(name, curves=records.CURVES):
 
 
 def good_runs(script, metrics=METRICS, curves=records.CURVES):
-    """What the good runs of a script logged: {task: [stages of a run]}."""
+    """What the good runs of a script logged: {task: {seed: stages of a run}}."""
     found = {}
     for name, task in records.tasks().items():
         path = Path(metrics) / f"{name}.csv"
         if task["script"] == script and path.exists():
             logs = records.read_metrics(path)
-            found[name] = [stages(logs[seed]) for seed in good_seeds(name, curves)]
+            found[name] = {seed: stages(logs[seed]) for seed in good_seeds(name, curves)}
     return found
 
 
@@ -147,27 +148,38 @@ def ranges(runs):
 
 
 def outside(script, args, rows):
-    """Where a run leaves the range of good runs, as lines for people.
+    """Where a run leaves the range of good runs -> lines for people, and what it was compared with.
 
     script: the script's name; args: the run's, a dict; rows: what it logged. Raises ValueError, a
     line for people, if there is nothing to compare.
     """
     good = good_runs(script)
     if not good:
-        raise ValueError(f"no run of {script} is pinned")
+        raise ValueError(f"no run of {script} is pinned; --like SCRIPT compares a copy of SCRIPT")
     reached = stages(rows)
     if not reached:
         raise ValueError(f"nothing was logged near {STAGES[0]:,} updates yet")
     same = task_like(args, good)
-    chosen = ranges(good[same] if same else [run for runs in good.values() for run in runs])
+    others = {seed: run for seed, run in good.get(same, {}).items() if seed != args["seed"]}
+    if len(others) >= ENOUGH:
+        tags = MEANING
+        runs = list(others.values())
+        compared = f"{len(runs)} good runs of {same}"
+    else:
+        tags = COMPARABLE
+        runs = [run for seeds in good.values() for run in seeds.values()]
+        compared = f"{len(runs)} good runs of {script} on other tasks, in {', '.join(tags)} alone"
+    compared += f", after {', '.join(f'{stage:,}' for stage in reached)} updates"
+    chosen = ranges(runs)
     said = []
     for stage, values in reached.items():
-        for tag in MEANING if same else COMPARABLE:
+        for tag in tags:
             if tag not in values or tag not in chosen[stage]:
                 continue
             low, high = chosen[stage][tag]
-            # A metric that is a constant in good runs may differ by its rounding.
-            slack = max((high - low) / 2, 0.01 * abs(high), COMPARABLE.get(tag, 0.0))
+            slack = max(high - low, abs(high) / 2, abs(low) / 2)
+            if tag in COMPARABLE:  # these are shares
+                slack = max(high - low, COMPARABLE[tag])
             too_low, too_high = MEANING[tag]
             meaning = ""
             if values[tag] < low - slack:
@@ -179,7 +191,7 @@ def outside(script, args, rows):
                     f"{tag} is {values[tag]:.3g} after {stage:,} updates, good runs have"
                     f" {low:.3g} to {high:.3g}: {meaning}"
                 )
-    return said
+    return said, compared
 
 
 def table(runs):
@@ -207,8 +219,9 @@ def tables():
     """Markdown of the ranges of all pinned tasks."""
     parts = []
     for script in ("dreamerv1", "dreamerv2", "dreamerv3"):
-        for name, runs in good_runs(script).items():
-            parts.append(f"### {name}, {len(runs)} runs\n\n{table(runs)}\n")
+        for name, seeds in good_runs(script).items():
+            if len(seeds) >= ENOUGH:
+                parts.append(f"### {name}, {len(seeds)} runs\n\n{table(list(seeds.values()))}\n")
     return "\n".join(parts)
 
 
@@ -229,10 +242,12 @@ def main(argv=None):
         return 0
     try:
         told = yaml.safe_load((args.run / "args.yaml").read_text())
-        said = outside(args.like or told["exp_name"], told, runtime.read_log(args.run))
+        script = args.like or told["exp_name"]
+        said, compared = outside(script, told, runtime.read_log(args.run))
     except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    print(f"compared with {compared}")
     print(*(said or ["no metric leaves the range of good runs"]), sep="\n")
     return 1 if said else 0
 

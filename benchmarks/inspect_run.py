@@ -174,12 +174,11 @@ def description(numbers):
 def beside_good_runs(script, args, log):
     """Where the logged metrics leave the range of pinned runs, or why this cannot be said."""
     try:
-        said = health.outside(script, args, log)
+        said, compared = health.outside(script, args, log)
     except ValueError as error:
         return [f"Not compared with good runs: {error}."]
-    return [f"Outside of good runs: {line}." for line in said] or [
-        "No metric leaves the range of good runs."
-    ]
+    lines = [f"Outside of good runs: {line}." for line in said]
+    return [f"Compared with {compared}.", *(lines or ["No metric leaves their range."])]
 
 
 # Pictures
@@ -205,10 +204,12 @@ def draw_horizons(numbers):
             continue
         figure, axis = pyplot.subplots(figsize=(4.5, 3))
         for source, color in (("fresh", "tab:orange"), ("replay", "tab:blue")):
-            curve = numbers[source][key]
+            left = np.array(numbers[source]["pairs"])
+            far = max(1, int((left >= ENOUGH).sum()))
+            curve = numbers[source][key][:far]
             axis.plot(range(len(curve)), curve, color=color, label=source)
             if key != "kl":
-                trivial = numbers[source][f"{key}_trivial"]
+                trivial = numbers[source][f"{key}_trivial"][:far]
                 axis.plot(range(len(trivial)), trivial, color=color, linestyle=":")
         axis.axvline(numbers["imag_horizon"], color="black", linewidth=0.6, linestyle="--")
         axis.set_title({"kl": "KL of posterior from rollout (nats)"}.get(key, f"{key}, error"))
@@ -411,6 +412,9 @@ def report(run, numbers, fresh, windows, log):
     value = numbers["optimism"]
     latents = numbers["health"]
     steps = numbers["predictable"]
+    ends = steps_text(steps["ends"])
+    if numbers["evidence"]["ends"] < ENOUGH:
+        ends = f"not judged, {numbers['evidence']['ends']} ends seen"
     rank = value["rank_correlation"]
     replay_bias = "unknown"
     if numbers["replay_optimism"] is not None:
@@ -420,7 +424,7 @@ def report(run, numbers, fresh, windows, log):
     parts = [f"<h1>{title}</h1><p>{numbers['frames']:,} frames, {numbers['updates']:,} updates. "]
     returns = numbers["returns"]
     parts.append(
-        f"{len(returns)} fresh episodes with the sampled policy returned"
+        f"{len(returns)} fresh episodes with sampled actions returned"
         f" {np.mean(returns):.1f} &plusmn; {np.std(returns):.1f}.</p>"
     )
     parts.append(f'<div class="verdict">{"<br>".join(map(html.escape, numbers["verdict"]))}</div>')
@@ -440,14 +444,14 @@ def report(run, numbers, fresh, windows, log):
             draw_horizons(numbers),
             "Squared errors of rollouts of the prior under the actions really taken, from posterior"
             " states. Dotted: the mean reward, the mean rate, the last observation. Fresh episodes"
-            " were never trained on.",
+            " were never trained on. A curve ends where fewer than 20 rollouts are left.",
         )
     )
     parts.append(rows([
         ("rewards predictable to, fresh episodes (steps)", steps_text(steps["fresh"])),
         ("the same, replay", steps_text(steps["replay"])),
         *error_rows(numbers),
-        ("ends of episodes predictable to, replay", steps_text(steps["ends"])),
+        ("ends of episodes predictable to, replay", ends),
     ]))  # fmt: skip
     context = 5
     length = min(len(fresh["reward"]), context + len(numbers["fresh"]["reward"]))
@@ -471,7 +475,7 @@ def report(run, numbers, fresh, windows, log):
         ("value of visited states, mean", f"{value['value']:.2f}"),
         ("what really followed, discounted, mean", f"{value['followed']:.2f}"),
         ("bias", f"{value['bias']:+.2f} ({value['optimism']:+.0%})"),
-        ("bias in windows of the replay", replay_bias),
+        ("bias in windows of the replay, played by older policies", replay_bias),
         ("rank correlation", "none" if rank is None else f"{rank:.2f}"),
         ("imagined return at H/2, H, 2H", ", ".join(
             f"{value[f'return_{k}_horizon']:.2f}" for k in ("half", "full", "double"))),
