@@ -508,8 +508,10 @@ ANY = [*EITHER, pytest.param(dreamerv3, id="dreamerv3", marks=pytest.mark.slow)]
 # Of the Python blocks one is a module, one takes the place of a function; the others are programs.
 [ENVIRONMENT] = [block for block in blocks("python") if "gym.register(" in block]
 [NETWORK] = [block for block in blocks("python") if "\ndef mlp(" in block]
-ACTING, EXPORT, FROM_DATA = blocks("python", [ROOT / "docs" / "python.md"])
-OTHERS = (ENVIRONMENT, NETWORK, ACTING, EXPORT, FROM_DATA)
+FROM_PYTHON = ROOT / "docs" / "python.md"
+ACTING, HEADS, EXPORT, FROM_DATA = blocks("python", [FROM_PYTHON])
+OTHERS = (ENVIRONMENT, NETWORK, ACTING, HEADS, EXPORT, FROM_DATA)
+FROM_WEIGHTS, FROM_DATA_WITH_V3 = blocks("diff", [FROM_PYTHON])
 PRINTING = [block for block in blocks("python") if block not in OTHERS]
 
 
@@ -536,6 +538,10 @@ def test_a_run_is_used_from_python_in_25_lines(script, runs):
     assert names["feat"].shape == (32, 1, feat_size)
     assert names["dreamt"]["vector"].shape == (1, 4)
     assert names["total"] >= 8
+    exec(HEADS, names)
+    assert names["reward"].shape == names["value"].shape == names["discount"].shape == (1,)
+    assert 0 < names["discount"] < 1
+    assert names["action"].sum() == 1
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
@@ -550,7 +556,7 @@ def test_the_exported_policy_computes_exactly_what_policy_does(script, env_id, r
     replay = common.read_replay(runs / script.__name__)
     state = names["state"]
     for t in range(20):
-        row = {key: torch.as_tensor(value[t]) for key, value in replay.items()}
+        row = {key: torch.as_tensor(replay[key][t]) for key in ("vector", "action", "is_first")}
         with names["Draws"]() as draws:
             action, after = script.policy(names["agent"], row, state, sample=False)
         exported, state = step(row, state, draws.noted)
@@ -589,6 +595,22 @@ def test_a_policy_is_learned_from_random_and_mixed_steps(tmp_path, monkeypatch, 
     assert max(returns) >= 200, returns
 
 
+@pytest.mark.parametrize("script", ANY)
+def test_a_run_begins_from_the_weights_that_data_gave(script, place, monkeypatch):
+    mixed_steps(300, seed=1)
+    code = FROM_DATA.replace("range(3000)", "range(2)").replace("500 == 499", "2 == 1")
+    if script is dreamerv3:
+        code = apply(FROM_DATA_WITH_V3, code)
+    weights = program(code, Path(script.__name__))["agent"].state_dict()
+    loaded = torch.load("agent.pt")
+    assert all(torch.equal(weights[key], loaded[key]) for key in weights)
+    module = mine(apply(FROM_WEIGHTS, Path(script.__file__).read_text()), monkeypatch)
+    flags = ["--env-id", "CartPole-v1", "--total-frames", "20", "--eval-episodes", "1"]
+    assert train(module, [*flags, "--resume", "new"]) == 0  # ends before its first update
+    began = runtime.load_agent(script, "new")[0].state_dict()
+    assert all(torch.equal(weights[key], began[key]) for key in weights)
+
+
 @pytest.mark.parametrize("script", EITHER)
 def test_the_environment_of_the_docs_is_learned_from(script, my_env):
     assert learnt(script, ["--env-id", "my_env:Corridor-v0"])
@@ -616,7 +638,7 @@ def apply(diff, source):
 
 DIFFS = [
     pytest.param(script.values[0], diff, id=f"{script.id}-{i}", marks=script.marks)
-    for i, diff in enumerate(dict.fromkeys(blocks("diff")))
+    for i, diff in enumerate(dict.fromkeys(blocks("diff", [p for p in PAGES if p != FROM_PYTHON])))
     for script in EITHER
     if script.id == "dreamerv2" or "slow_critic" not in diff  # the variant is one of DreamerV2
 ]
