@@ -805,6 +805,9 @@ def test_runs_are_made_compared_and_drawn_as_printed(block, trained, tmp_path):
             line, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True
         )
         may_fall_short = "benchmarks/check.py" in line  # after so few frames
+        if line.endswith("runs/benchmarks/curves"):  # whose episodes are shorter than those pinned
+            assert "differ in time_limit: 0, 100" in done.stderr
+            continue
         assert done.returncode in ((0, 1) if may_fall_short else (0,)), done.stderr
         assert "Traceback" not in done.stderr
         if may_fall_short:
