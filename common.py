@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, flatdim, unflatten
 
 from runtime import (
-    RANK, WORLD, UserError, all_gather, explain, forked_rng, kept_rng, place_of, rank_folder,
-    read_shapes,
+    RANK, WORLD, UserError, all_gather, explain, forked_rng, kept_rng, one_line, place_of,
+    rank_folder, read_shapes,
 )  # fmt: skip
 
 gym.register_envs(ale_py)  # its games, under ALE/ and the older names
@@ -167,8 +167,7 @@ def explain_failure(env_id, seed, index, episode):
     try:
         yield
     except (Exception, SystemExit) as error:
-        said = f"{which} failed: {type(error).__name__}: {error}{place_of(error)}"
-        raise ChildProcessError(" ".join(said.split())) from None
+        raise ChildProcessError(f"{which} failed: {one_line(error)}{place_of(error)}") from None
 
 
 class DreamerSpaces(gym.Wrapper):

@@ -86,7 +86,12 @@ def explain(text, *errors, kind=UserError):
     try:
         yield
     except errors as error:
-        raise kind(" ".join(f"{text}: {type(error).__name__}: {error}".split())) from None
+        raise kind(f"{text}: {one_line(error)}") from None
+
+
+def one_line(error):
+    """An error's type and text, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def place_of(error):
@@ -684,8 +689,8 @@ def load_checkpoint(run, parts):
             counters = read_checkpoint(path, parts)
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"{path} cannot be used, trying another: {reason[:300]}", file=sys.stderr)
+                reason = one_line(error)[:300]
+                print(f"{path} cannot be used, trying another: {reason}", file=sys.stderr)
         else:
             agree_on_checkpoint(counters, parts.get("replay"))
             return counters

@@ -76,12 +76,14 @@ def welch_margin(old, new, least, alpha):
     return scipy.stats.t.ppf(1 - alpha / 2, freedom) * np.sqrt(a + b)
 
 
-def compare(old, new, alpha=0.01, margin=pinned_margin):
+def compare(old, new, alpha=0.01, own_spreads=False):
     """Compares curves, lists of rows for each seed -> a dict for each statistic that is judged.
 
+    own_spreads: whether the new side counts with its own spread, and not with the old one's.
     Raises ValueError if there are too few seeds or episodes.
     """
-    sides = [("old", old)] if margin is pinned_margin else [("old", old), ("new", new)]
+    margin = welch_margin if own_spreads else pinned_margin
+    sides = [("old", old), ("new", new)] if own_spreads else [("old", old)]
     for name, curves in sides:
         if len(curves) < 2:
             raise ValueError(f"a spread takes two seeds, the {name} side has {len(curves)}")
@@ -97,7 +99,7 @@ def compare(old, new, alpha=0.01, margin=pinned_margin):
         forgiven = float(margin(before, after, least, alpha))
         difference = float(after.mean() - before.mean())
         spread = max(before.std(ddof=1), least)
-        other = spread if margin is pinned_margin else max(after.std(ddof=1), least)
+        other = max(after.std(ddof=1), least) if own_spreads else spread
         results.append({
             "statistic": name, "frames": frames, "old": float(before.mean()),
             "new": float(after.mean()), "spread": float(spread), "difference": difference,
@@ -155,7 +157,7 @@ def check_against(new_paths, old_paths, alpha):
     for side in (old, new):
         records.refuse_repeated_seeds(side)
     old_rows, new_rows = ([curve.rows for curve in side] for side in (old, new))
-    results = compare(old_rows, new_rows, alpha, welch_margin)
+    results = compare(old_rows, new_rows, alpha, own_spreads=True)
 
     frames = results[0]["frames"]
     print(f"{name_of(new)} against {name_of(old)}, {env_of(old[0])} to {frames:,} frames")

@@ -237,8 +237,8 @@ def main(argv=None):
         if not tables():
             sys.exit(f"error: there are no metrics of a task in {METRICS}")
         path = records.ROOT / "docs" / "health.md"
-        text = plot.between(path.read_text(), "meanings", meanings())
-        path.write_text(plot.between(text, "ranges", tables()))
+        text = plot.with_section(path.read_text(), "meanings", meanings())
+        path.write_text(plot.with_section(text, "ranges", tables()))
         return 0
     try:
         told = yaml.safe_load((args.run / "args.yaml").read_text())

@@ -147,13 +147,13 @@ def markdown(columns, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def between(text, name, new=None):
-    """The part of a text between the markers of a name, or the text with a new such part."""
+def with_section(text, name, section):
+    """The text with another section between the markers of a name."""
     begin = f"<!-- {name}:begin -->\n"
     end = f"<!-- {name}:end -->"
     before, rest = text.split(begin)
-    old, after = rest.split(end)
-    return old if new is None else f"{before}{begin}{new}\n{end}{after}"
+    _, after = rest.split(end)
+    return f"{before}{begin}{section}\n{end}{after}"
 
 
 def write_tables(tasks):
@@ -163,7 +163,7 @@ def write_tables(tasks):
         records.ROOT / "docs" / "results.md": table(tasks, "../benchmarks/"),
     }
     for page, text in pages.items():
-        page.write_text(between(page.read_text(), "results", text))
+        page.write_text(with_section(page.read_text(), "results", text))
     (records.ROOT / "benchmarks" / "README.md").write_text(report(tasks))
 
 

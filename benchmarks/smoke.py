@@ -17,16 +17,19 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--env-id CartPole-v1 --total-frames 6000 --prefill 500 --train-every 4 --threads 1"
-FLAGS += " --batch-size 16 --batch-length 10 --deter 64 --hidden 64 --units 64 --layers 1"
-FLAGS += " --eval-every 500 --eval-episodes 10 --video-every 0 --log-every 1000"
+FLAGS = "--env-id CartPole-v1 --threads 1 --batch-size 16 --batch-length 10 --deter 64"
+FLAGS += " --hidden 64 --units 64 --layers 1 --eval-every 500 --eval-episodes 10"
+FLAGS += " --video-every 0 --log-every 1000"
+LENGTH = " --total-frames 6000 --prefill 500 --train-every 4"  # 1475 updates
+LENGTH_V3 = " --total-frames 3000 --train-ratio 40 --lr 1e-3"  # 739 updates
 THRESHOLD = 80  # of the best evaluation; random play has about 22, the most is 500
 
 
 def smoke(script, flags=()):
-    """Runs the script -> exit code: its own, or 1 if it did not learn."""
+    """Runs the script, or a copy of one -> exit code: its own, or 1 if it did not learn."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--resume", "run", *FLAGS.split(), *flags]
+        length = LENGTH_V3 if "train_ratio:" in Path(script).read_text() else LENGTH
+        command = [sys.executable, script, "--resume", "run", *(FLAGS + length).split(), *flags]
         code = subprocess.run(command, cwd=folder).returncode
         if code:
             print(f"{script} ended with exit code {code}")

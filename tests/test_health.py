@@ -177,8 +177,8 @@ def test_each_metric_of_the_page_is_one_that_runs_log():
 
 def test_the_tables_of_the_page_are_those_of_the_pinned_runs():
     page = (ROOT / "docs" / "health.md").read_text()
-    assert plot.between(page, "meanings") == health.meanings() + "\n"
-    assert plot.between(page, "ranges") == health.tables() + "\n"
+    assert plot.with_section(page, "meanings", health.meanings()) == page
+    assert plot.with_section(page, "ranges", health.tables()) == page
     assert "### dreamerv2-CartPole-v1" in page
 
 
