@@ -374,6 +374,7 @@ def test_the_papers_numbers_are_those_that_curves_are_compared_with():
     frames = {"dreamerv1": (1e5, 5e5, 1e6, 5e6), "dreamerv2": (1e5, 5e5, 1e6, 2e6)}
     for name, cells in rows:
         medians = [float(cell.replace(",", "")) for cell in cells.split(" | ")]
+        assert len(medians) == 11  # the last three are DreamerV3's
         for i, script in enumerate(frames):
             curve = published.get((script, f"dm_control/{name}-v0"), [])
             for at, median in zip(frames[script], medians[4 * i : 4 * i + 4], strict=True):
@@ -381,8 +382,13 @@ def test_the_papers_numbers_are_those_that_curves_are_compared_with():
                 if edges:
                     assert median == pytest.approx(edges[0]["median"], abs=0.5)
                     compared += 1
-    games = re.findall(r"`([A-Z]\w+)` \|((?: [-\d.,]+ \|){4})", DOCS["published.md"])
+    tables = DOCS["published.md"].split("\n## Atari")[1:]
+    games, games_of_v3 = (
+        re.findall(r"`([A-Z]\w+)` \|((?: [-\d.,]+ \|){4})", table) for table in tables
+    )
     assert len(games) == 55
+    assert len(games_of_v3) == 57
+    assert all(f"ALE/{name}-v5" in gym.registry for name, _ in games_of_v3)
     for name, cells in games:
         assert f"ALE/{name}-v5" in gym.registry
         curve = published.get(("dreamerv2", f"ALE/{name}-v5"), [])
@@ -398,7 +404,8 @@ def test_the_papers_updates_are_those_of_the_presets():
     counts = []
     for script, preset, frames in (
         (dreamerv1, "dmc_pixels", 1_000_000), (dreamerv2, "dmc_pixels", 1_000_000),
-        (dreamerv2, "atari", 200_000_000),
+        (dreamerv2, "atari", 200_000_000), (dreamerv3, "dmc_pixels", 1_200_000),
+        (dreamerv3, "atari100k", 440_000), (dreamerv3, "atari", 204_000_000),
     ):  # fmt: skip
         args = script.Args(**script.PRESETS[preset])
         unit = 1 if script is dreamerv1 else args.action_repeat
