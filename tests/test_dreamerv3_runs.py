@@ -43,6 +43,10 @@ def test_a_run_learns_with_finite_losses_from_the_first_batch_on(flags, place):
     assert updates == dreamerv3.updates_owed(step, args) > 10
     first = min(row["frames"] for row in rows if row["updates"])
     assert dreamerv3.first_update(args) <= first <= 50
+    windows = step // args.num_envs // args.batch_length * args.num_envs
+    assert (
+        windows - 3 <= checkpoint(folder)["replay"]["taken"] <= windows + 1
+    )  # each came first once
 
 
 @pytest.mark.parametrize("where", ["update", "receive"])
