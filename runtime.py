@@ -393,10 +393,11 @@ def parse_args(cls, presets, choose_preset, argv=None):
     named = [flag for flag in argv if flag.startswith(("--resume", "--evaluate"))]
     if len(named) > 1 or (named and not run):
         raise UserError("--resume and --evaluate take a run folder, and do not go together")
-    if given.resume and is_free(given.resume) and not any(f.startswith("--env-id") for f in argv):
+    begins = given.resume and is_free(run)
+    if begins and not any(flag.startswith(("--env-id", "--env_id")) for flag in argv):
         raise UserError(f"there is no run in {run}; add --env-id to begin one there")
 
-    exists = run and not (given.resume and is_free(run))
+    exists = run and not begins
     if exists:
         default = read_args(cls, run)
         # A module that the folder names is imported only if the user names it too.

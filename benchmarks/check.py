@@ -258,9 +258,12 @@ def check_new(paths, pinned, alpha):
         try:
             if not old.exists():
                 raise ValueError(f"there is no pinned curve {old}, compare it with --against")
-            curves = [records.curves_of_file(path) for path in (old, file)]
-            refuse_other_settings([*curves[0], *curves[1]])
-            results = compare(*([curve.rows for curve in side] for side in curves), alpha)
+            old_curves = records.curves_of_file(old)
+            new_curves = records.curves_of_file(file)
+            refuse_other_settings([*old_curves, *new_curves])
+            old_rows = [curve.rows for curve in old_curves]
+            new_rows = [curve.rows for curve in new_curves]
+            results = compare(old_rows, new_rows, alpha)
         except (ValueError, KeyError, ArithmeticError) as error:
             print(f"error: {file} cannot be checked: {error}", file=sys.stderr)
             unusable.append(file.stem)

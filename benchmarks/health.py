@@ -168,7 +168,7 @@ def outside(script, args, rows):
     else:
         tags = COMPARABLE
         runs = [run for seeds in good.values() for run in seeds.values()]
-        compared = f"{len(runs)} good runs of {script} on other tasks, in {', '.join(tags)} alone"
+        compared = f"{len(runs)} good runs of {script} on all tasks, in {', '.join(tags)} alone"
     compared += f", after {', '.join(f'{stage:,}' for stage in reached)} updates"
     chosen = ranges(runs)
     said = []
@@ -177,9 +177,10 @@ def outside(script, args, rows):
             if tag not in values or tag not in chosen[stage]:
                 continue
             low, high = chosen[stage][tag]
-            slack = max(high - low, abs(high) / 2, abs(low) / 2)
-            if tag in COMPARABLE:  # these are shares
+            if tag in COMPARABLE:  # a share, of which half would mean nothing
                 slack = max(high - low, COMPARABLE[tag])
+            else:
+                slack = max(high - low, abs(high) / 2, abs(low) / 2)
             too_low, too_high = MEANING[tag]
             meaning = ""
             if values[tag] < low - slack:

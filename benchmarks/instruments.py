@@ -321,9 +321,9 @@ def discounted_returns(run, batch, values):
     """
     reward = rewards(run, batch)
     none = torch.zeros_like(reward)
-    at_arrival, at_leaving = (reward, none)
-    if not values_have_the_reward_of_arriving(run):
-        at_arrival, at_leaving = (none, reward)
+    counts_arrival = values_have_the_reward_of_arriving(run)
+    at_arrival = reward if counts_arrival else none
+    at_leaving = none if counts_arrival else reward
     gamma = run.args.gamma
     first = batch["is_first"] != 0
     ends = batch["is_terminal"] != 0

@@ -92,7 +92,7 @@ def test_a_metric_outside_of_the_range_is_named_with_what_to_try(pinned, changes
     lines, compared = health.outside("dreamerv2", CARTPOLE | changes, rows)
     elsewhere = changes.keys() - {"seed"}
     assert compared.startswith("3 good runs of dreamerv2")
-    assert ("on other tasks" in compared) == bool(elsewhere)
+    assert ("on all tasks" in compared) == bool(elsewhere)
     assert [line.split(" after")[0] for line in lines] == said
     assert all(" 1,000 updates, good runs have " in line for line in lines)
     assert all(":" in line for line in lines)
@@ -115,7 +115,7 @@ def test_a_run_is_not_compared_with_itself_and_two_other_runs_make_no_range(pinn
     _, compared = health.outside(
         "dreamerv2", CARTPOLE | {"seed": 11}, [log(1000, **{"losses/kl": 1.0})]
     )
-    assert compared.startswith("3 good runs of dreamerv2 on other tasks, in value - return,")
+    assert compared.startswith("3 good runs of dreamerv2 on all tasks, in value - return,")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,14 @@ def test_no_run_begins_in_a_folder_with_other_contents(tmp_path, entry):
     assert contents(tmp_path) == before
 
 
+def test_a_run_begins_in_a_missing_folder_only_if_its_environment_is_named(tmp_path):
+    missing = tmp_path / "mistyped"
+    with pytest.raises(runtime.UserError, match=f"^there is no run in {missing}; add --env-id"):
+        parse("dreamerv2.py", f"--resume {missing}")
+    for flag in ("--env-id CartPole-v1", "--env-id=CartPole-v1", "--env_id CartPole-v1"):
+        assert parse("dreamerv2.py", f"{flag} --resume {missing}").env_id == "CartPole-v1"
+
+
 @ONE_SCRIPT
 def test_the_same_command_begins_a_run_in_a_folder_and_goes_on_with_it(script, place, capsys):
     for said in ("a new run begins in mine", "the run in mine goes on"):
