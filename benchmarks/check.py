@@ -134,6 +134,13 @@ def smallest_loss(spreads, seeds, least, alpha, margin):
     return float(np.quantile(needed, 0.95))
 
 
+def finding(result):
+    """What loss would be found, for people; nothing can lose more than all it has learned."""
+    if result["finds"] > result["old"] - result["random_play"]:
+        return "finds no loss, too few seeds"
+    return f"finds a loss of {shown(result['finds'], result['old'])}"
+
+
 def verdict(result, otherwise):
     """What is made of a difference, for people; `otherwise`: if there is nothing to say."""
     if result["short"]:
@@ -165,14 +172,12 @@ def check_against(new_paths, old_paths, alpha):
         print(line)
     for r in results:
         edges = (r["difference"] - r["margin"], r["difference"] + r["margin"])
-        low, high, difference, finds = (
-            shown(value, r["old"]) for value in (*edges, r["difference"], r["finds"])
-        )
+        low, high, difference = (shown(value, r["old"]) for value in (*edges, r["difference"]))
         said = "better" if r["better"] else verdict(r, "no difference found")
         print(
             f"{r['statistic']:5} {shown(r['new'])} against {shown(r['old'])}:"
             f" difference {difference}, {100 * (1 - alpha):g} % interval {low} to {high},"
-            f" finds a loss of {finds}: {said}"
+            f" {finding(r)}: {said}"
         )
     kind = kinds(old_rows, new_rows, frames)["held"]
     lowest = [shown(values("worst", kind, rows, frames).mean()) for rows in (new_rows, old_rows)]
@@ -226,7 +231,7 @@ def show(name, results):
         print(
             f"{name:44} {r['statistic']} to {r['frames']:,} frames: {shown(r['new']):>8}, pinned"
             f" {shown(r['old'])} +- {shown(r['spread'])}, limit {shown(r['limit'])},"
-            f" finds a loss of {shown(r['finds'], r['old'])}: {verdict(r, 'ok')}"
+            f" {finding(r)}: {verdict(r, 'ok')}"
         )
 
 
@@ -308,8 +313,8 @@ def describe(curves):
     text = f"held {', '.join(held)}, worst {', '.join(worst)}"
     if len(curves) < 2:
         return text
-    finds = [f"{shown(r['finds'], r['old'])} in {r['statistic']}" for r in compare(curves, curves)]
-    return f"{text}; {len(curves)} new seeds find a loss of {', '.join(finds)}"
+    finds = [f"{r['statistic']} {finding(r)}" for r in compare(curves, curves)]
+    return f"{text}; with {len(curves)} new seeds {'; '.join(finds)}"
 
 
 def main(argv=None):
