@@ -32,7 +32,7 @@ COLORS = {
     "benchmarks/without_memory": "tab:gray",
 }  # fmt: skip
 SHORT = ("at the end, each seed", "authors", "commit")  # columns that the README leaves out
-GROUPS = {"cpu": "On a CPU", "gpu": "On a GPU"}
+GROUPS = {"cpu": "On a CPU", "long": "On a CPU, for hours", "gpu": "On a GPU"}
 ABOUT = """# Learning curves
 
 This file, the plots and the table of [results](../docs/results.md) are written by
