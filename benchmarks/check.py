@@ -171,8 +171,9 @@ def check_against(new_paths, old_paths, alpha):
     for line in differences(old, new):
         print(line)
     for r in results:
-        edges = (r["difference"] - r["margin"], r["difference"] + r["margin"])
-        low, high, difference = (shown(value, r["old"]) for value in (*edges, r["difference"]))
+        difference = shown(r["difference"], r["old"])
+        low = shown(r["difference"] - r["margin"], r["old"])
+        high = shown(r["difference"] + r["margin"], r["old"])
         said = "better" if r["better"] else verdict(r, "no difference found")
         print(
             f"{r['statistic']:5} {shown(r['new'])} against {shown(r['old'])}:"
