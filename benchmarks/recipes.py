@@ -167,6 +167,12 @@ def blind_cartpole(render_mode=None):
     return gym.wrappers.TransformObservation(env, lambda obs: obs[seen], space)
 
 
+def scaled_cartpole(scale, render_mode=None):
+    """CartPole with rewards of another size, which DreamerV3 is to learn all the same."""
+    env = gym.make("CartPole-v1", render_mode=render_mode).unwrapped
+    return gym.wrappers.TransformReward(env, lambda reward: scale * reward)
+
+
 PROCGEN = [
     "bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball", "fruitbot",
     "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot",
@@ -189,6 +195,8 @@ def register(env_id, make, steps=None, **kwargs):
 
 
 register("CartPoleBlind-v0", blind_cartpole, steps=500)
+register("CartPoleTimes1000-v0", scaled_cartpole, steps=500, scale=1000)
+register("CartPoleBy1000-v0", scaled_cartpole, steps=500, scale=0.001)
 register("Crafter-v0", Crafter)
 register("CrafterNoReward-v0", Crafter, reward=False)
 for size, steps in MAZES.items():

@@ -61,7 +61,7 @@ WORKLOADS = {
         "sheeprl": dict(word.split("=") for word in SMALL.split()), "updates": 10,
     },
     "W4": {
-        "what": "V3, vector of 4, 2 discrete actions, batch 8 x 32, tiny networks, horizon 10",
+        "what": "V3, vector of 4, 2 discrete actions, batch 8 x 32, tiny networks, horizon 15",
         "script": "dreamerv3", "preset": "other", "changes": {},
         "shapes": {"vector": [4]}, "actions": 2, "discrete": True,
         "env_id": "CartPole-v1", "updates": 10,

@@ -223,6 +223,20 @@ def test_brax_compiles_once_for_all_of_its_instances(module):
 RECORD = json.loads((ROOT / "benchmarks" / "environments.json").read_text())
 
 
+@pytest.mark.parametrize(("name", "scale"), [("Times1000", 1000), ("By1000", 0.001)])
+def test_a_scaled_cartpole_is_cartpole_but_for_its_rewards(name, scale):
+    env = make(f"CartPole{name}-v0")
+    plain = make_env("CartPole-v1", 3)
+    assert (env.reset()[0]["vector"] == plain.reset()[0]["vector"]).all()
+    for action in actions(env, 5):
+        obs, reward, *ends = env.step(action)[:4]
+        plain_obs, plain_reward, *plain_ends = plain.step(action)[:4]
+        assert (obs["vector"] == plain_obs["vector"]).all()
+        assert reward == pytest.approx(scale * plain_reward)
+        assert ends == plain_ends
+    assert env.spec.max_episode_steps == plain.spec.max_episode_steps == 500
+
+
 def test_the_table_of_environments_is_that_of_the_record():
     text = (ROOT / "docs" / "environments.md").read_text()
     begin, end = "<!-- environments:begin -->\n", "<!-- environments:end -->"
