@@ -133,9 +133,9 @@ CRAFTER = {
 SMALL = {
     "total_frames": 30_000, "num_envs": 1, "action_repeat": 1, "time_limit": 0, "threads": 1,
     "grayscale": False, "batch_size": 8, "batch_length": 32, "size": "tiny", "blocks": 4,
-    "stoch": 8, "layers": 2, "gamma": 0.99, "imag_horizon": 10, "train_ratio": 64.0, "lr": 4e-4,
-    "warmup": 100, "actor_entropy": 1e-3, "log_every": 1000, "eval_every": 5000,
-    "eval_episodes": 20, "video_every": 5000, "checkpoint_every": 10_000,
+    "layers": 2, "gamma": 0.99, "train_ratio": 64.0, "lr": 3e-4, "warmup": 100,
+    "log_every": 1000, "eval_every": 1000, "eval_episodes": 20, "video_every": 5000,
+    "checkpoint_every": 10_000,
 }  # fmt: skip
 PRESETS = {
     "atari": {}, "atari100k": ATARI100K, "dmc_pixels": DMC | {"total_frames": 1_200_000},

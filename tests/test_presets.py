@@ -74,11 +74,8 @@ V3_CRAFTER = V3 | {
     "size": "200m", "action_repeat": 1, "grayscale": False, "train_ratio": 512, "num_envs": 1,
     "total_frames": 1_100_000,
 }  # fmt: skip
-# Small tasks change sizes, rates, horizons and entropy; losses and scales stay.
-CHANGED = {
-    "batch_size", "batch_length", "num_envs", "layers", "stoch", "blocks", "gamma",
-    "imag_horizon", "actor_entropy", "lr", "warmup",
-}  # fmt: skip
+# Small tasks change sizes, the discount and the rate; losses, scales, horizon and entropy stay.
+CHANGED = {"batch_size", "batch_length", "num_envs", "layers", "blocks", "gamma", "lr", "warmup"}
 V3_OTHER = {k: v for k, v in V3.items() if k not in CHANGED}
 
 TABLES = {
