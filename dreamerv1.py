@@ -5,7 +5,7 @@ it, the actor by the gradient of imagined returns through the learned dynamics. 
 code disagree we follow the code.
 
     python dreamerv1.py --env-id Pendulum-v1                # learns in minutes on a laptop
-    python dreamerv1.py --env-id dm_control/walker-walk-v0  # the paper's agent
+    python dreamerv1.py --env-id dm_control/walker-walk-v0  # at full size
 
 A row of experience holds an observation, the action that led to it, and what came with it:
 
@@ -95,7 +95,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 10  # imagined steps
     actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by the actions
-    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # of the actor, Eq. 7
+    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # trains the actor (Eq. 7)
     actor_entropy: Weight = 0.0  # weight of the actor's entropy (not in the paper)
     expl_noise: Weight = 0.3  # std of the noise on continuous actions
     expl_epsilon: Share = 0.4  # share of random discrete actions, at first
@@ -322,8 +322,8 @@ class TanhNormal(td.TransformedDistribution):
     def mode(self):
         """The most likely of 100 samples, each batch element its own."""
         x = self.rsample((100,))  # (100, ..., A)
-        best = super().log_prob(x).argmax(0)[None, ..., None].expand_as(x[:1])  # (1, ..., A)
-        return x.gather(0, best)[0]
+        best = super().log_prob(x).argmax(0)[None, ..., None]  # (1, ..., 1)
+        return x.take_along_dim(best, 0)[0]
 
 
 class Actor(nn.Module):

@@ -5,7 +5,7 @@ entropy bonus, a slow critic and a GRU with layer norm. Where paper and code dis
 the code.
 
     python dreamerv2.py --env-id CartPole-v1                # learns in minutes on a laptop
-    python dreamerv2.py --env-id PongNoFrameskip-v4         # the paper's agent
+    python dreamerv2.py --env-id PongNoFrameskip-v4         # at full size
 
 A row of experience holds an observation, the action that led to it, and what came with it:
 
@@ -96,7 +96,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by the actions
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # of the actor, Eq. 6
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # trains the actor (Eq. 6)
     actor_grad_mix: Share = 0.1  # share of dynamics if both (the paper's 1 - rho)
     actor_entropy: Weight = 1e-3  # eta of Eq. 6, the weight of the entropy
     slow_update: Count = 100  # updates between copies of the critic
@@ -374,8 +374,8 @@ class TanhNormal(td.TransformedDistribution):
     def mode(self):
         """The most likely of 100 samples, each batch element its own."""
         x = self.rsample((100,))  # (100, ..., A)
-        best = super().log_prob(x).argmax(0)[None, ..., None].expand_as(x[:1])  # (1, ..., A)
-        return x.gather(0, best)[0]
+        best = super().log_prob(x).argmax(0)[None, ..., None]  # (1, ..., 1)
+        return x.take_along_dim(best, 0)[0]
 
 
 class Actor(nn.Module):
@@ -568,8 +568,7 @@ class WorldModel(nn.Module):
         if alpha == 0.5:  # as in the released code, with free nats for each step
             kl = self.rssm.kl(post, prior)
             return kl.clamp(min=free).mean(), kl
-        kl = self.rssm.kl(detach(post), prior)
-        train_prior = kl
+        kl = train_prior = self.rssm.kl(detach(post), prior)
         train_post = self.rssm.kl(post, detach(prior))  # the same number, with another gradient
         if self.args.free_avg:
             train_prior = runtime.process_mean(train_prior.mean())

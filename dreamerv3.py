@@ -2,11 +2,11 @@
 
 This is DreamerV2 with one set of hyperparameters for every task: block GRU, RMSNorm, latents with
 a share of the uniform, symlog and two-hot predictions, returns normalised by their range, and one
-optimizer. Where paper and code disagree we follow the code of the paper's time, but for two things:
-windows begin with the zero state, and images of Atari are 64x64, not 96x96.
+optimizer. Where paper and code disagree we follow the code of the paper's time. Windows begin with
+the zero state and Atari's images are 64x64; docs/differences.md lists the rest.
 
     python dreamerv3.py --env-id CartPole-v1                # learns in minutes on a laptop
-    python dreamerv3.py --env-id PongNoFrameskip-v4         # the paper's agent
+    python dreamerv3.py --env-id PongNoFrameskip-v4         # at full size
 
 A row of experience holds an observation, the action that led to it, and what came with it:
 
@@ -70,9 +70,9 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     sticky_prob: Annotated[float | None, 0, 1] = 0.25  # Atari: chance of the last action again
     full_action_space: bool = True  # Atari: all 18 actions, not only the game's
     # --- replay ---
-    replay_size: Count = 5_000_000  # agent steps that are kept
+    replay_size: Count = 5_000_000  # rows that are kept, resets included
     batch_size: Count = 16  # B, sequences in a batch
-    batch_length: Count = 64  # T, agent steps of a sequence
+    batch_length: Annotated[int, 2, 2**31 - 1] = 64  # T, agent steps of a sequence
     # --- world model ---
     size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # of networks
     deter: Whole = 0  # D, size of the recurrent state; 0: that of --size
@@ -159,7 +159,7 @@ def symexp(x):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Norm in float32, because a CPU would sum bfloat16 gradients in bfloat16.
+    """Root-mean-square norm, in float32: a CPU would sum bfloat16 gradients in bfloat16.
 
     x: (..., U), or images (batch, C, H, W) with a norm over the channels of each pixel.
     """
@@ -178,7 +178,7 @@ def block(layer):
     """A linear or convolutional layer, its norm and its activation."""
     dense = isinstance(layer, nn.Linear | BlockLinear)
     norm = RMSNorm(len(layer.bias), channels_first=not dense)
-    return nn.Sequential(layer, norm, nn.SiLU(inplace=True))
+    return nn.Sequential(layer, norm, nn.SiLU())
 
 
 def mlp(inputs, layers, args):
@@ -381,7 +381,7 @@ class OneHot:
 
 def unimix(logit, share):
     """Logits of a mixture with the uniform distribution, in float32: (..., K)."""
-    probs = torch.softmax(logit.float(), -1)
+    probs = runtime.softmax(logit.float())
     return ((1 - share) * probs + share / probs.shape[-1]).log()
 
 
@@ -473,7 +473,7 @@ class RSSM(nn.Module):
     def gru_step(self, prev, action):
         """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
         # Actions are stored as sampled; the model sees none beyond [-1, 1].
-        action = action / action.abs().clamp(min=1).detach()
+        action = action.clamp(-1, 1)
         inputs = [
             self.deter_in(prev["deter"]),
             self.stoch_in(prev["stoch"]),
@@ -566,14 +566,16 @@ class WorldModel(nn.Module):
         losses = {}
         for key, recon in self.decoder(feat).items():
             target = pixels(batch[key]) if key == "image" else symlog(batch[key])
-            square = (recon - target).square().flatten(2)  # (T, B, ...)
+            square = (recon - target).square().flatten(2)  # (T, B, V or C * H * W)
             if key == "vector":  # the authors' symlog loss ignores errors below 1e-4
                 square = torch.where(square < 1e-8, 0.0, square)
             losses[key] = square.sum(-1)  # (T, B)
         losses["reward"] = self.reward.loss(self.reward.logits(feat), batch["reward"])
         # The soft target holds gamma: the predicted discount is not multiplied by it again.
         target = args.gamma * (1 - batch["is_terminal"])
-        losses["discount"] = F.binary_cross_entropy_with_logits(self.discount(feat), target)
+        losses["discount"] = F.binary_cross_entropy_with_logits(
+            self.discount(feat), target, reduction="none"
+        )
         kl = self.rssm.kl(detach(post), prior)
         losses["dyn"] = kl.clamp(min=args.free_nats)
         losses["rep"] = self.rssm.kl(post, detach(prior)).clamp(min=args.free_nats)
@@ -615,7 +617,7 @@ def lambda_return(reward, value, disc, bootstrap, lambda_):
 
 
 class ReturnRange(nn.Module):
-    """The range of returns, from their 5th to their 95th percentile, as it was of late."""
+    """Running averages of the 5th and the 95th percentile of returns, which begin at 0."""
 
     def __init__(self, rate):
         super().__init__()
@@ -684,8 +686,8 @@ def replay_critic_loss(rssm, critic, slow_critic, post, ret, batch, args):
     # An episode's last row; at the end of the window it is not known, and changes nothing.
     is_last = torch.cat([first, torch.zeros_like(first[:1])])
     disc = args.gamma * (1 - batch["is_terminal"])
-    keep = args.discount_lambda * (1 - is_last)
-    target = lambda_return(batch["reward"][1:], ret[:-1], disc[1:], ret[-1], keep[1:])
+    lambda_ = args.discount_lambda * (1 - is_last)
+    target = lambda_return(batch["reward"][1:], ret[:-1], disc[1:], ret[-1], lambda_[1:])
     error = critic_error(critic, feat[:-1], target, slow_value[:-1], args)  # (T-1, B)
     return ((1 - is_last[:-1]) * error).mean()
 
@@ -718,14 +720,14 @@ def make_agent(shapes, args):
 
 
 def init(layer):
-    """Weights of a truncated normal with the variance of one over the inputs."""
+    """Weights of a truncated normal, whose variance after the cut is 1 / inputs."""
     if isinstance(layer, BlockLinear):
         inputs = layer.blocks * layer.weight.shape[-1]  # of all blocks
     elif isinstance(layer, nn.ConvTranspose2d):
         inputs = layer.weight[:, 0].numel()  # its weight is (in, out, 5, 5)
     else:
         inputs = layer.weight[0].numel()
-    std = 1.1368 / math.sqrt(inputs)  # what is cut off takes variance away
+    std = 1.1368 / math.sqrt(inputs)  # 1 / 0.8796, the std of a normal cut at +-2
     nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std)
     nn.init.zeros_(layer.bias)
 
@@ -989,9 +991,9 @@ def main(args):
                 if finished:
                     logger.bar.close()
                     runtime.print_evaluation(run, returns, cut)
+            if due(args.log_every) and frames < 2 * args.log_every:
+                envs.warn_if_endless()
             if due(args.log_every) and updates:
-                if last_report == 0:
-                    envs.warn_if_endless()
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
             if args.video_every and due(args.video_every) and learning and "image" in shapes:
                 with runtime.forked_rng("video", args.seed):
