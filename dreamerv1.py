@@ -95,7 +95,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 10  # imagined steps
     actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by the actions
-    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # trains the actor (Eq. 7)
+    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # trains the actor, Eq. 7
     actor_entropy: Weight = 0.0  # weight of the actor's entropy (not in the paper)
     expl_noise: Weight = 0.3  # std of the noise on continuous actions
     expl_epsilon: Share = 0.4  # share of random discrete actions, at first

@@ -96,7 +96,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
     actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by the actions
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # trains the actor (Eq. 6)
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # trains the actor, Eq. 6
     actor_grad_mix: Share = 0.1  # share of dynamics if both (the paper's 1 - rho)
     actor_entropy: Weight = 1e-3  # eta of Eq. 6, the weight of the entropy
     slow_update: Count = 100  # updates between copies of the critic
