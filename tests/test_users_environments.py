@@ -21,6 +21,9 @@ import runtime
 
 SHORT = f"{TINY} --prefill 40 --total-frames 80 --train-every 20"
 
+V3 = TINY.replace("--pretrain 2 --prefill 200", "--classes 4 --blocks 2")
+SHORT_V3 = f"{V3} --total-frames 80 --train-ratio 1 --log-every 40"
+
 
 # What they do to a run
 def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, monkeypatch, capsys):
@@ -34,17 +37,20 @@ def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, mo
     assert out.startswith("return 30.0 +- 0.0 in 2 episodes, 2 of them cut short, runs/")
 
 
+@pytest.mark.parametrize(("script", "short"), [
+    ("dreamerv2.py", SHORT), ("dreamerv3.py", SHORT_V3),
+], ids=["dreamerv2", "dreamerv3"])  # fmt: skip
 @pytest.mark.parametrize(("cls", "options", "flags", "warned"), [
     (Endless, {}, "", True), (Endless, {"max_episode_steps": 500}, "", False),
     (Endless, {}, "--time-limit 500", False), (Basic, {}, "", False),
 ])  # fmt: skip
 def test_an_environment_that_may_never_end_is_warned_of(
-    cls, options, flags, warned, place, monkeypatch, capsys
+    script, short, cls, options, flags, warned, place, monkeypatch, capsys
 ):
     monkeypatch.setattr(common, "EVAL_FRAMES", 30)
-    play("dreamerv2.py", f"{SHORT} --env-id {register(cls, **options)} {flags}")
+    play(script, f"{short} --env-id {register(cls, **options)} {flags}")
     said = "no episode of Mine-v0 ended in 40 steps, consider --time-limit"
-    assert (said in capsys.readouterr().out) == warned
+    assert capsys.readouterr().out.count(said) == warned
 
 
 class Moving(Basic):
