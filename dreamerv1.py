@@ -404,7 +404,7 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch, **stats}
 
     def gru_step(self, prev, action):
-        """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
+        """h_t = f(h_{t-1}, z_{t-1}, a_t); the papers write a_{t-1} for this action."""
         x = self.img_in(torch.cat([prev["stoch"], action], -1))
         return self.gru(x, prev["deter"]).float()
 

@@ -459,7 +459,7 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch.flatten(-2), **stats}
 
     def gru_step(self, prev, action):
-        """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
+        """h_t = f(h_{t-1}, z_{t-1}, a_t); the papers write a_{t-1} for this action."""
         x = self.img_in(torch.cat([prev["stoch"], action], -1))
         parts = self.gru_norm(self.gru(torch.cat([x, prev["deter"]], -1)).float())
         reset, cand, update = parts.chunk(3, -1)  # (B, D) each, normed together

@@ -471,7 +471,7 @@ class RSSM(nn.Module):
         return {"deter": deter, "stoch": stoch.flatten(-2), **stats}
 
     def gru_step(self, prev, action):
-        """h_t = f(h_{t-1}, z_{t-1}, a_t)"""
+        """h_t = f(h_{t-1}, z_{t-1}, a_t); the papers write a_{t-1} for this action."""
         # Actions are stored as sampled; the model sees none beyond [-1, 1].
         action = action.clamp(-1, 1)
         inputs = [
@@ -483,10 +483,10 @@ class RSSM(nn.Module):
         own = prev["deter"].unflatten(-1, (self.blocks, -1))  # (B, G, D / G)
         x = self.gru_in(torch.cat([own, shared], -1).flatten(1))  # (B, D)
         parts = self.gru(x).float().unflatten(-1, (self.blocks, -1))  # (B, G, 3 * D / G)
-        reset, cand, update = (part.flatten(1) for part in parts.chunk(3, -1))  # (B, D) each
+        reset, cand, update = parts.chunk(3, -1)  # (B, G, D / G) each
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)  # begins by keeping most of the old state
-        return torch.lerp(prev["deter"], cand, update)  # (1 - update) * old + update * cand
+        return torch.lerp(own, cand, update).flatten(1)  # (1 - update) * old + update * cand
 
     def img_step(self, prev, action):
         """Prior state p(z_t | h_t), eyes closed."""
