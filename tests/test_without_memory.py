@@ -1,5 +1,7 @@
 """benchmarks/without_memory.py remembers nothing, and yet learns what an action does."""
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from without_memory import Forgetful
@@ -53,3 +55,39 @@ def test_a_dream_predicts_as_the_prior_does_and_remembers_no_more(rssm):
     state = rssm.img_step({k: v[1] for k, v in post.items()}, action[2])
     torch.testing.assert_close(state["logit"], prior["logit"][2])
     torch.testing.assert_close(state["deter"], post["deter"][0])
+
+
+def lengths(policies, episodes, seed):
+    """Mean steps of networks (P, ...) that see the positions of cart and pole alone -> (P,)."""
+    into, shift, out, bias = policies
+    envs = gym.make_vec(
+        "CartPole-v1", num_envs=len(bias) * episodes, vectorization_mode="vector_entry_point"
+    )
+    obs, _ = envs.reset(seed=seed)
+    steps = np.zeros(envs.num_envs)
+    playing = np.ones(envs.num_envs, bool)
+    while playing.any():
+        seen = obs[:, [0, 2]].reshape(len(bias), episodes, 2) * [1, 10]
+        hidden = np.tanh(seen @ into + shift[:, None])
+        right = (hidden * out[:, None]).sum(-1) + bias > 0
+        obs, _, terminated, truncated, _ = envs.step(right.flatten().astype(int))
+        steps += playing
+        playing &= ~(terminated | truncated)
+    return steps.reshape(len(bias), episodes).mean(1)
+
+
+@pytest.mark.slow
+def test_no_policy_of_positions_alone_that_a_search_finds_holds_the_pole():
+    rng = np.random.default_rng(0)
+    hidden = 8
+    mean, std = np.zeros(4 * hidden + 1), 2 * np.ones(4 * hidden + 1)
+    best = []
+    for generation in range(20):  # the cross-entropy method
+        x = mean + std * rng.standard_normal((200, len(mean)))
+        into, shift, out, bias = np.split(x, np.cumsum([2 * hidden, hidden, hidden]), 1)
+        policies = into.reshape(-1, 2, hidden), shift, out, bias
+        steps = lengths(policies, 10, generation)
+        elite = x[np.argsort(-steps)[:20]]
+        mean, std = elite.mean(0), elite.std(0) + 0.05
+        best.append(steps.max())
+    assert 35 < np.mean(best[-5:]) < 80  # of 500; random play has 22
