@@ -31,7 +31,10 @@ COLORS = {
     "dreamerv1": "tab:blue", "dreamerv2": "tab:orange", "dreamerv3": "tab:green",
     "benchmarks/without_memory": "tab:gray",
 }  # fmt: skip
-SHORT = ("at the end, each seed", "authors", "commit")  # columns that the README leaves out
+COLUMNS = {  # of the README's table
+    "dreamerv1": "DreamerV1", "dreamerv2": "DreamerV2", "dreamerv3": "DreamerV3",
+    "benchmarks/without_memory": "without memory",
+}  # fmt: skip
 GROUPS = {"cpu": "On a CPU", "long": "On a CPU, for hours", "gpu": "On a GPU"}
 ABOUT = """# Learning curves
 
@@ -134,11 +137,28 @@ def cells(task, folder):
     }
 
 
-def table(tasks, folder, without=()):
-    """Markdown rows of what the tasks reached, without some columns."""
+def table(tasks, folder):
+    """Markdown rows of what the tasks reached."""
     rows = [cells(task, folder) for task in tasks]
-    columns = [column for column in rows[0] if column not in without]
-    return markdown(columns, [[row[column] for column in columns] for row in rows])
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def summary(tasks):
+    """The README's table: a row for each environment, a column for each script."""
+    rows = {}
+    for task in tasks:
+        _, env = task["name"].split("-", 1)
+        frames = min(run["env_frames"] for run in task["card"]["runs"])
+        row = rows.setdefault((env, frames), {"best": str(task.get("best", "-"))})
+        seeds = [(curve, records.last_frame(curve)) for curve in task["curves"].values()]
+        held = ", ".join(records.shown(records.held(*seed)) for seed in seeds)
+        worst = records.shown(min(records.worst(*seed) for seed in seeds))
+        row[task["script"]] = f"[{held}](benchmarks/curves/{task['name']}.yaml) ({worst})"
+    columns = ["task", "env frames", *COLUMNS.values(), "best known"]
+    return markdown(columns, [
+        [f"`{env}`", f"{frames:,}", *(row.get(script, "-") for script in COLUMNS), row["best"]]
+        for (env, frames), row in rows.items()
+    ])  # fmt: skip
 
 
 def markdown(columns, rows):
@@ -159,7 +179,7 @@ def with_section(text, name, section):
 def write_tables(tasks):
     """Writes benchmarks/README.md and the tables of docs/results.md and of the README."""
     pages = {
-        records.ROOT / "README.md": table(tasks, "benchmarks/", SHORT),
+        records.ROOT / "README.md": summary(tasks),
         records.ROOT / "docs" / "results.md": table(tasks, "../benchmarks/"),
     }
     for page, text in pages.items():
