@@ -29,7 +29,7 @@ COMMANDS = {
     "v1": f"{V1} --actor-lr 5e-4",
     "reinforce": f"{V1} --actor-grad reinforce --actor-entropy 1e-3",
     "v2": f"dreamerv2.py {RATES} --slow-update 10 --actor-entropy 1e-3",
-    "v3": "dreamerv3.py --lr 2e-3 --warmup 10 --slow-rate 0.1 --return-rate 0.1",
+    "v3": "dreamerv3.py --stoch 8 --lr 2e-3 --warmup 10 --slow-rate 0.1 --return-rate 0.1",
 }
 
 
