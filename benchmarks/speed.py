@@ -391,7 +391,8 @@ def main(args):
         import speed_run
 
         script = ROOT / args.run
-        reports = speed_run.measure(script, args.seeds, args.peer and args.peer_python)
+        peer_python = args.peer and args.peer_python
+        reports = speed_run.measure(script, args.seeds, args.precision, peer_python)
         if args.json:
             Path(args.json).write_text(json.dumps({"machine": about, "reports": reports}, indent=1))
         return

@@ -1,7 +1,7 @@
 """Times whole runs from a cold start until an evaluation passes a return, and says what took it.
 
     python benchmarks/speed.py --run                                  # dreamerv2.py, seeds 1 to 5
-    python benchmarks/speed.py --run dreamerv1.py --seeds 1 2 3
+    python benchmarks/speed.py --run dreamerv1.py --seeds 1 2 3 --precision bfloat16
     python benchmarks/speed.py --run --peer sheeprl --peer-python ENV/bin/python
 
 The clock starts before Python does. Runs go one after another, each in a process of its own with
@@ -107,6 +107,7 @@ def work_on(work):
     ):  # fmt: skip
         shares.wrap(owner, name, what)
     argv = ["--env-id", work["env_id"], "--seed", str(work["seed"]), "--resume", "run"]
+    argv += ["--precision", work["precision"]]
     args = runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, argv)
     script.main(args)
     shares.switch("else")
@@ -115,9 +116,10 @@ def work_on(work):
     print(json.dumps(result), flush=True)
 
 
-def time_ours(script, env_id, seed):
+def time_ours(script, env_id, seed, precision="float32"):
     """A run in a process of its own -> what it says of itself."""
-    work = {"script": str(script), "env_id": env_id, "seed": seed, "solved": RUNS[env_id]}
+    work = {"script": str(script), "env_id": env_id, "seed": seed, "precision": precision}
+    work["solved"] = RUNS[env_id]
     with tempfile.TemporaryDirectory() as folder:
         work["began"] = time.time()
         command = [sys.executable, __file__, json.dumps(work)]
@@ -158,7 +160,7 @@ def without_evaluation(run):
     return sum(run["parts"].values()) - run["parts"]["evaluation"]
 
 
-def measure(script, seeds, peer_python=None):
+def measure(script, seeds, precision, peer_python=None):
     """Times runs on all tasks -> a list of reports, which are printed as they come."""
     if peer_python and script.stem not in ("dreamerv1", "dreamerv2"):
         sys.exit(f"error: the peer is compared with DreamerV1 and DreamerV2, not {script.name}")
@@ -166,7 +168,7 @@ def measure(script, seeds, peer_python=None):
     for env_id, solved in RUNS.items():
         runs = []
         for seed in seeds:
-            run = time_ours(script, env_id, seed) | {"seed": seed}
+            run = time_ours(script, env_id, seed, precision) | {"seed": seed}
             if peer_python:
                 run["peer seconds"] = round(time_peer(peer_python, script, env_id, seed, run), 1)
             del run["args"]
@@ -178,7 +180,8 @@ def measure(script, seeds, peer_python=None):
             continue
         seconds = statistics.median(run["seconds"] for run in runs)
         evaluation = statistics.median(run["parts"]["evaluation"] for run in runs)
-        report = {"script": script.name, "env_id": env_id, "solved at": solved, "runs": runs}
+        report = {"script": script.name, "precision": precision, "env_id": env_id}
+        report |= {"solved at": solved, "runs": runs}
         report |= {"median seconds": seconds, "of which evaluation": evaluation}
         if peer_python:
             ratios = [without_evaluation(run) / run["peer seconds"] for run in runs]
