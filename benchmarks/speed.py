@@ -385,7 +385,7 @@ def machine():
 
 
 def main(args):
-    about = machine() | {"threads": args.threads, "mode": args.mode}
+    about = machine() | {"threads": 1 if args.run else args.threads, "mode": args.mode}
     print(json.dumps(about))
     if args.run:
         import speed_run

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -339,6 +340,24 @@ def test_a_row_of_the_replay_has_as_many_bytes_as_the_table_says(name):
     number, unit = disk.split()
     total = size * value_of(rows) / {"MB": 1e6, "GB": 1e9}[unit]
     assert total == pytest.approx(float(number), rel=0.05)
+
+
+def test_the_seconds_of_whole_runs_are_those_of_the_record():
+    record = json.loads((ROOT / "benchmarks" / "speed" / "cpu-runs.json").read_text())
+    table = cells(between("runs"))[1:]
+    assert len(table) == len(record["reports"])
+    for row, report in zip(table, record["reports"], strict=True):
+        runs = report["runs"]
+        seconds = [run["seconds"] for run in runs]
+        assert [run["seed"] for run in runs] == list(range(1, len(runs) + 1))
+        peer = [run["peer seconds"] for run in runs]
+        parts = [sum(run["parts"].values()) - run["parts"]["evaluation"] for run in runs]
+        ratios = [mine / theirs for mine, theirs in zip(parts, peer, strict=True)]
+        assert row == [
+            f"`{report['env_id']}`", report["precision"], ", ".join(f"{s:.0f}" for s in seconds),
+            f"{statistics.median(seconds):.0f}", f"{report['of which evaluation']:.1f}",
+            f"{statistics.median(peer):.0f}", f"{statistics.median(ratios):.3f}",
+        ]  # fmt: skip
 
 
 def test_the_hours_of_the_papers_tasks_are_updates_times_the_time_of_one():
