@@ -83,6 +83,10 @@ class Job:
         commits = (self.folder / "commits").read_text().split()
         records.record(self.run, self.name, self.script, self.curves, commits)
 
+    def recorded(self):
+        path = self.curves / f"{self.name}.csv"
+        return path.exists() and self.seed in records.read_curve(path)
+
     def discard_unsaved(self):
         """Removes a run that ended before its first checkpoint, which nobody can go on with."""
         saved = [self.run / name for name in ("checkpoint.pt", "checkpoint.old.pt")]
@@ -259,8 +263,8 @@ def main(argv=None):
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        if args.pin and job.finished():
-            job.record()  # in place of what is pinned of its seed
+        if job.finished() and (args.pin or not job.recorded()):
+            job.record()  # what is pinned of its seed gives way
     codes = run_on_cluster(todo, args) if args.cluster else run_here(todo, args.jobs)
     failed = [(job, code) for job, code in zip(todo, codes, strict=True) if code != 0]
     for job, code in failed:

@@ -477,6 +477,24 @@ def test_a_grid_runs_once_and_records_a_curve_and_a_card_of_all_seeds(tmp_path):
     assert "--total-frames 400 --seed 1, choose another --out" in other.stderr
 
 
+def test_a_finished_run_that_is_recorded_takes_the_place_of_a_pinned_one_alone(
+    tmp_path, monkeypatch
+):
+    recorded = []
+    monkeypatch.setattr(run.Job, "record", lambda job: recorded.append(job.seed))
+    monkeypatch.setattr(run, "run_here", lambda jobs, count: [])
+    monkeypatch.setattr(records, "CURVES", tmp_path / "curves")
+    write_curve(tmp_path / "curves" / "dreamerv2-CartPole-v1.csv", {1: 500.0})
+    folder = tmp_path / "dreamerv2-CartPole-v1" / "seed-1"
+    folder.mkdir(parents=True)
+    (folder / "finished").touch()
+    argv = ["dreamerv2-CartPole-v1", "--seeds", "1", "--out", str(tmp_path)]
+    assert run.main(argv) == 0
+    assert recorded == []
+    assert run.main([*argv, "--pin"]) == 0
+    assert recorded == [1]
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A changed copy of a script in a folder of its own, in which the test goes on."""
