@@ -477,9 +477,7 @@ def test_a_grid_runs_once_and_records_a_curve_and_a_card_of_all_seeds(tmp_path):
     assert "--total-frames 400 --seed 1, choose another --out" in other.stderr
 
 
-def test_a_finished_run_that_is_recorded_takes_the_place_of_a_pinned_one_alone(
-    tmp_path, monkeypatch
-):
+def test_a_finished_run_is_recorded_again_only_to_be_pinned(tmp_path, monkeypatch):
     recorded = []
     monkeypatch.setattr(run.Job, "record", lambda job: recorded.append(job.seed))
     monkeypatch.setattr(run, "run_here", lambda jobs, count: [])
