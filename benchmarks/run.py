@@ -264,7 +264,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if job.finished() and (args.pin or not job.recorded()):
-            job.record()  # what is pinned of its seed gives way
+            job.record()  # --pin puts it in place of an earlier run of its seed
     codes = run_on_cluster(todo, args) if args.cluster else run_here(todo, args.jobs)
     failed = [(job, code) for job, code in zip(todo, codes, strict=True) if code != 0]
     for job, code in failed:
