@@ -716,12 +716,22 @@ def read_checkpoint(path, parts):
     for name, part in parts.items():
         if isinstance(part, dict):
             for key, inner in part.items():
-                inner.load_state_dict(state[name][key])
+                load_part(inner, state[name][key])
         else:
-            part.load_state_dict(state[name])
+            load_part(part, state[name])
     for generator, saved in zip(generators(), state["generators"], strict=False):
         generator.set_state(saved)  # a run may have moved to a machine with or without a GPU
     return state["counters"]
+
+
+def load_part(part, state):
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        # A fused step takes tensors as they lie in memory: averages have to lie as their weights.
+        for weight, averages in part.state.items():
+            for key, value in averages.items():
+                if value.shape == weight.shape:
+                    averages[key] = torch.empty_like(weight).copy_(value)
 
 
 def load_agent(script, run):

@@ -254,6 +254,30 @@ def test_a_disk_that_fails_to_sync_a_checkpoint_leaves_the_last_one(
 
 
 # Generators, metrics
+def test_an_optimizers_averages_come_back_however_they_lay_in_memory(tmp_path):
+    layouts = [torch.contiguous_format, torch.channels_last]
+
+    def make(layout):
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 2, 5).to(memory_format=layout)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 3 * 5 * 5).reshape(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make(layouts[0])
+    step(model, optimizer)
+    runtime.save_checkpoint(tmp_path, {"model": model, "optimizer": optimizer}, {})
+    step(model, optimizer)
+    for layout in layouts:
+        resumed, its_optimizer = make(layout)
+        runtime.load_checkpoint(tmp_path, {"model": resumed, "optimizer": its_optimizer})
+        step(resumed, its_optimizer)
+        torch.testing.assert_close(resumed.weight, model.weight)
+
+
 def test_the_state_of_torchs_generator_comes_back(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(7)
