@@ -137,7 +137,7 @@ def smallest_loss(spreads, seeds, least, alpha, margin):
 def finding(result):
     """What loss would be found, for people; nothing can lose more than all it has learned."""
     if result["finds"] > result["old"] - result["random_play"]:
-        return "finds no loss, too few seeds"
+        return "too few seeds to find any loss"
     return f"finds a loss of {shown(result['finds'], result['old'])}"
 
 

@@ -198,7 +198,7 @@ def test_check_says_where_it_cannot_tell(tmp_path, capsys):
     new = write_curve(tmp_path / "a.csv", {1: 20.0})
     assert check.main([str(new), "--pinned", str(tmp_path / "pinned")]) == 0
     out = capsys.readouterr().out
-    assert "finds no loss, too few seeds: cannot tell, random play with 20.0 would pass" in out
+    assert "too few seeds to find any loss: cannot tell, random play with 20.0 would pass" in out
 
 
 def test_curves_are_cut_to_the_shortest_and_like_is_compared_with_like(tmp_path):
