@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -459,9 +460,11 @@ class Envs:
         self.ended = terminated | truncated
         self.returns = np.where(is_first, 0, self.returns + reward)
         self.lengths = np.where(is_first, 0, self.lengths + 1)
-        action = self.action * ~is_first[:, None]  # a reset ignored it
-        row = {"action": action, "reward": reward}
-        row |= {"is_first": is_first, "is_terminal": terminated}
+        row = {
+            "action": self.action * ~is_first[:, None],  # a reset ignored it
+            "reward": reward, "is_first": is_first, "is_terminal": terminated,
+        }  # fmt: skip
+        row = {k: v.astype(np.float32) for k, v in row.items()}
         episodes = [
             {
                 "charts/episodic_return": float(self.returns[i]),
@@ -469,7 +472,7 @@ class Envs:
             }
             for i in np.flatnonzero(self.ended)
         ]
-        return obs | {k: v.astype(np.float32) for k, v in row.items()}, episodes
+        return obs | row, episodes
 
     def end_step(self):
         """-> obs, a dict of (N, ...), reward, terminated, truncated (N,)."""
@@ -504,8 +507,8 @@ class Envs:
 
     def warn_if_endless(self):
         """Says so if no episode has ended so far and nothing promises that one will."""
-        if not self.has_limit and self.episodes.max() <= 1 and RANK == 0:
-            steps = self.lengths.max()
+        steps = self.lengths.max()  # 0 if the run was only just resumed
+        if not self.has_limit and self.episodes.max() <= 1 and steps > 0:
             print(f"no episode of {self.env_id} ended in {steps} steps, consider --time-limit")
 
     def close(self):
@@ -539,7 +542,8 @@ def make_in_process(maker):
 
     What the environment starts would inherit an ignored signal, but not one that is handled.
     """
-    signal.signal(signal.SIGINT, lambda number, frame: None)
+    if multiprocessing.parent_process():  # gymnasium makes one here too, to see its spaces
+        signal.signal(signal.SIGINT, lambda number, frame: None)
     return maker()
 
 
@@ -636,10 +640,12 @@ class Replay:
             # This process holds the lock until it ends, however it does.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.is_new = not any(self.folder.glob("*.npy"))
-        self.written = self.map("written", (1, 2), np.int64)[0]  # rows ever written, capacity
-        rows_written, old_capacity = self.written.tolist()
-        came_round = rows_written > old_capacity  # then rows lie at r % old_capacity
-        self.capacity = old_capacity if came_round else max(capacity, old_capacity)
+        # Most rows ever written, capacity, end.
+        self.written = self.map("written", (1, 3), np.int64)[0]
+        rows_written, old_capacity, _ = self.written.tolist()
+        self.capacity = max(capacity, old_capacity)
+        if rows_written > old_capacity:  # the ring came round: rows lie at r % old_capacity
+            self.capacity = old_capacity
         self.data = {}
         for key, shape in shapes.items():
             dtype = DTYPES.get(key, np.float32)
@@ -652,7 +658,7 @@ class Replay:
         with explain(f"{path} holds no {shape} {np.dtype(dtype)}", Exception):
             if self.is_new:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
-            # To read at first, for opened to write, a file that was cut off would be filled up.
+            # For reading first: opened for writing, a file that was cut off would be filled up.
             data = np.lib.format.open_memmap(path, "r")
             if (data.shape[1:], data.dtype) != (shape[1:], dtype):
                 raise ValueError(f"it has {data.shape} {data.dtype}")
@@ -676,6 +682,7 @@ class Replay:
         self.start = min(self.end, max(state["start"], oldest))
         if self.written[0] < self.end:
             raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
+        self.written[2] = self.end
 
     def __len__(self):
         return self.end - self.start
@@ -687,6 +694,7 @@ class Replay:
         for key, data in self.data.items():
             data[self.end % self.capacity] = row[key]
         self.end += 1
+        self.written[2] = self.end
 
     def sample(self, batch_size, length, favor_ends=False, fresh_first=False):
         """Draws windows of rows -> dict of (T, B, ...) tensors, on the device.
@@ -742,8 +750,11 @@ class Replay:
 
 
 def read_replay(run, rank=0):
-    """The rows that a run wrote, the oldest first -> dict of (rows, N, ...) arrays."""
+    """The rows that a run wrote, the oldest first -> dict of (rows, N, ...) arrays.
+
+    Without those that it wrote after the checkpoint from which it was resumed.
+    """
     folder = rank_folder(run, rank) / "replay"
-    written, capacity = np.load(folder / "written.npy")[0]
-    order = np.arange(max(0, written - capacity), written) % capacity
+    written, capacity, end = np.load(folder / "written.npy")[0]
+    order = np.arange(max(0, written - capacity), end) % capacity
     return {k: np.load(folder / f"{k}.npy", mmap_mode="r")[order] for k in read_shapes(run)}

@@ -826,10 +826,10 @@ def main(args):
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = step >= args.prefill and len(replay) >= args.batch_length
 
-            if learning and random_play:  # it is over, and is not to be played again
+            if learning and random_play:
                 random_play = False
                 envs.warn_if_endless()
-                save()
+                save()  # a run that is killed later need not play at random again
 
             # Act: environments begin a step, a reset where an episode has ended. The seed of
             # the noise follows from the step: a dropped one does not shift later draws.

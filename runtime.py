@@ -523,9 +523,8 @@ def open_run(args, shapes, replay_bytes):
         raise UserError(f"no checkpoint can be read in {shown(run)}: {hint}")
     count = 1 + len([*run.glob("rank[1-9]*")])
     if count != WORLD:
-        raise UserError(
-            f"{run} has replays for --nproc-per-node {count} in all, not for {WORLD}"
-        )  # fmt: skip
+        told = f"{shown(run)} has replays for --nproc-per-node {count} in all, not for {WORLD}"
+        raise UserError(told)
     print(f"a new run begins in {shown(run)}" if is_new else f"the run in {shown(run)} goes on")
     return run, is_new
 
@@ -573,7 +572,7 @@ def print_estimate(update, agent, optimizers, updates):
     update: function of agent and optimizers.
     """
     if updates <= 0:
-        tqdm.write("no updates to come: the run is complete, --total-frames can make it longer")
+        tqdm.write("no updates to come up to --total-frames, a larger one makes the run longer")
         return
     agent, optimizers = copy.deepcopy((agent, optimizers))
     with forked_rng("estimate"):
@@ -679,7 +678,7 @@ def save_checkpoint(run, parts, counters):
 def replace_checkpoint(run, state):
     path = run / "checkpoint.pt"
     new = run / "checkpoint.new.pt"
-    data = io.BytesIO()
+    data = io.BytesIO()  # into a file torch.save would hide a full disk behind another error
     torch.save(state, data)
     new.write_bytes(data.getbuffer())
     with open(new, "rb") as file:
@@ -698,7 +697,7 @@ def load_checkpoint(run, parts):
         except Exception as error:  # whatever a file from someone else may hold
             if path.exists():
                 reason = one_line(error)[:300]
-                print(f"{path} cannot be used, trying another: {reason}", file=sys.stderr)
+                tqdm.write(f"{path} cannot be used, trying another: {reason}", file=sys.stderr)
         else:
             agree_on_checkpoint(counters, parts.get("replay"))
             return counters
@@ -727,7 +726,8 @@ def read_checkpoint(path, parts):
 def load_part(part, state):
     part.load_state_dict(state)
     if isinstance(part, torch.optim.Optimizer):
-        # A fused step takes tensors as they lie in memory: averages have to lie as their weights.
+        # A fused step does not look at strides: averages have to lie in memory as their weights
+        # do, even if weights lay otherwise when they were saved.
         for weight, averages in part.state.items():
             for key, value in averages.items():
                 if value.shape == weight.shape:
@@ -972,7 +972,8 @@ class Captured:
             self.inputs = [{k: v.clone() for k, v in x.items()} for x in inputs]
             self.side = torch.cuda.Stream()  # a capture needs another stream than the usual one
         for mine, given in zip(self.inputs, inputs, strict=True):
-            torch._foreach_copy_(list(mine.values()), [given[k] for k in mine])
+            for name, tensor in mine.items():
+                tensor.copy_(given[name])
 
     def warm_up(self):
         """Calls the function on the side stream, as capture demands of the first calls."""

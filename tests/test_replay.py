@@ -227,6 +227,19 @@ def test_the_rows_of_a_run_are_read_in_their_order(tmp_path, rows, kept):
     assert len(replay["reward"]) == len(kept)
 
 
+def test_rows_that_a_resumed_run_does_not_know_are_not_read(tmp_path):
+    state = filled(tmp_path / "replay", 40, 20).state_dict()
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
+    for lost in (range(20, 35), range(20, 55)):  # the latter overwrite rows 0..14
+        add(resume(tmp_path / "replay", 40, state), lost, lost=1000)
+        add(resume(tmp_path / "replay", 40, state), range(20, 23))
+        start = max(0, lost.stop - 40)
+        told = common.read_replay(tmp_path)
+        expected = [make_row(number) for number in range(start, 23)]
+        for key in SHAPES:
+            np.testing.assert_array_equal(told[key], [row[key] for row in expected])
+
+
 def test_shapes_of_rows_are_those_that_environments_give(tmp_path):
     envs = make_envs(2, "Pendulum-v1")
     shapes = envs.shapes
@@ -409,7 +422,7 @@ def check_disk(folder, capacity):
         assert size < stat.st_size < size + 256
         assert stat.st_blocks * 512 >= stat.st_size
         assert np.load(folder / f"{name}.npy", mmap_mode="r").shape == (capacity, 3, *shape)
-    assert np.load(folder / "written.npy").shape == (1, 2)
+    assert np.load(folder / "written.npy").shape == (1, 3)
     assert {path.name for path in folder.iterdir()} == FILES
 
 
