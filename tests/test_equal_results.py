@@ -416,8 +416,10 @@ def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_withou
 # Waiting
 
 
-def test_no_update_and_no_action_waits_for_the_device(kind):
+def test_no_update_and_no_action_waits_for_the_device(kind, monkeypatch):
     """Fake tensors have no values, so that any .item(), any branch on a value, is an error."""
+    # Module.to cannot lay out fake weights for channels_last.
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, **_: module)
     with FakeTensorMode():
         x, optimizers = make(kind, precision="bfloat16")
         batch = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in make_batch(1).items()}
