@@ -582,7 +582,7 @@ def make_agent(shapes, args):
     nn.init.orthogonal_(gru.weight_hh)
     nn.init.zeros_(gru.bias_ih)
     nn.init.zeros_(gru.bias_hh)
-    agent.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    agent.to(memory_format=torch.channels_last)  # for faster convolutions on a CPU
     if args.compile:
         model.rssm.obs_step = torch.compile(model.rssm.obs_step)
         model.rssm.img_step = torch.compile(model.rssm.img_step)

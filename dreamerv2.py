@@ -653,7 +653,7 @@ def make_agent(shapes, args):
     if args.reward_head == "twohot":
         nn.init.zeros_(model.reward.out.weight)  # the outer bins are huge: begin at 0
     agent["slow_critic"].requires_grad_(False)
-    agent.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    agent.to(memory_format=torch.channels_last)  # for faster convolutions on a CPU
     if args.compile:
         model.rssm.obs_step = torch.compile(model.rssm.obs_step)
         model.rssm.img_step = torch.compile(model.rssm.img_step)

@@ -713,7 +713,7 @@ def make_agent(shapes, args):
         if "vector" in shapes:
             model.decoder.mlp[1].weight.mul_(0.1)
     agent["slow_critic"].requires_grad_(False)
-    agent.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    agent.to(memory_format=torch.channels_last)  # for faster convolutions on a CPU
     if args.compile:
         model.rssm.obs_step = torch.compile(model.rssm.obs_step)
         model.rssm.img_step = torch.compile(model.rssm.img_step)
