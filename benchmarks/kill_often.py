@@ -90,7 +90,7 @@ def check(folder, known):
     step = saved["counters"]["step"]
     updates = saved["counters"]["updates"]
     state = saved["replay"]
-    [[written, capacity]] = np.load(folder / "replay" / "written.npy")
+    written, capacity, _ = np.load(folder / "replay" / "written.npy")[0]
     first = max(state["start"], written - capacity)
     if known is not None:
         assert step >= known["step"], (step, known["step"])
