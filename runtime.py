@@ -36,7 +36,6 @@ import torch.distributed as dist
 import typeguard
 import tyro
 import yaml
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
@@ -326,9 +325,13 @@ def process_cat(x):
 
 def average_gradients(parameters):
     """Puts the mean over all processes in place of each gradient."""
-    if WORLD > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        vector_to_parameters(process_mean(parameters_to_vector(grads)), grads)
+    if WORLD == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    mean = process_mean(torch.cat([grad.flatten() for grad in grads]))
+    parts = mean.split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view(grad.shape))  # keeps its layout, which fused optimizers rely on
 
 
 def softmax(x):

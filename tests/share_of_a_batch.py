@@ -18,7 +18,7 @@ import runtime
 T, B, V, A = 5, 6, 4, 3
 SIZES = {
     "batch_size": B, "batch_length": T, "deter": 12, "hidden": 11, "stoch": 4, "units": 10,
-    "imag_horizon": 4, "precision": "float32", "discount_head": True,
+    "imag_horizon": 4, "cnn_depth": 2, "precision": "float32", "discount_head": True,
 }  # fmt: skip
 KINDS = {
     "v1 discrete": (dreamerv1, {"actor_dist": "onehot", "expl_noise": 0.0}),
@@ -44,6 +44,7 @@ def make_batch():
     rng = np.random.default_rng(3)
     scale = np.arange(1, B + 1, dtype=np.float32)[:, None]
     batch = {
+        "image": rng.integers(256, size=(T, B, 1, 64, 64), dtype=np.uint8),
         "vector": rng.normal(size=(T, B, V)).astype(np.float32) * scale,
         "action": np.eye(A, dtype=np.float32)[rng.integers(A, size=(T, B))],
         "reward": rng.normal(size=(T, B)).astype(np.float32),
@@ -72,7 +73,8 @@ def without_noise():
 def learner(kind, **changes):
     script, args = make(kind, **changes)
     torch.manual_seed(1)
-    agent = script.make_agent({"vector": (V,), "action": (A,)}, args)
+    shapes = {"image": (1, 64, 64), "vector": (V,), "action": (A,)}
+    agent = script.make_agent(shapes, args)
     return script, args, agent, script.make_optimizers(agent, args)
 
 

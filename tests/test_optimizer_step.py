@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.agents import SHAPES, every_script, make, make_batch, make_optimizers, same, update
 from torch import nn
 
 import dreamerv1
@@ -100,3 +101,23 @@ def test_without_a_gpu_a_captured_function_is_called_each_time_with_rows_as_tens
         assert given["vector"].tolist() == [[i] * 3] * 2
         assert given["is_first"].tolist() == [i == 0, i == 1]
         assert state["deter"].tolist() == [[i]] * 2
+
+
+@every_script
+def test_means_over_processes_that_agree_move_weights_as_the_gradients_of_one(script, monkeypatch):
+    """Weights of convolutions lie in memory otherwise than their shapes say."""
+
+    def weights():
+        torch.manual_seed(1)
+        batch = make_batch(SHAPES)
+        x = make(script, SHAPES)
+        optimizers = make_optimizers(x)
+        for _ in range(3):
+            update(x, batch, optimizers)
+        return x.agent.state_dict()
+
+    one = weights()
+    monkeypatch.setattr(runtime, "WORLD", 2)
+    monkeypatch.setattr(runtime, "process_mean", lambda x: x)
+    monkeypatch.setattr(runtime, "process_cat", lambda x: x)
+    assert same(weights(), one)

@@ -68,7 +68,7 @@ def test_processes_with_a_share_of_the_batch_have_the_gradients_of_one_with_all_
     for count in (2, 3):
         for name in names:
             one, several = found[1][name], found[count][name]
-            assert np.abs(several - one).max() <= 1e-5 * np.abs(one).max(), name
+            assert np.abs(several - one).max() <= 1e-4 * np.abs(one).max(), name
         for kind in {name.split(",")[0] for name in names}:
             # Free nats lie between the KLs of the shares, so that all must look at the whole batch.
             kl = found[1][f"{kind}, kl"]
