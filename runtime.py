@@ -742,6 +742,7 @@ def load_agent(script, run):
 
     script: the module that made the run, as `import dreamerv2` gives it.
     """
+    run = Path(run).absolute()  # of the directory that Python is in now, for all that is read
     args = script.Args(**read_args(script.Args, run))
     with kept_rng():  # a checkpoint has states of torch's generators too
         agent = script.make_agent(read_shapes(run), args)

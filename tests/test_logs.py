@@ -14,6 +14,7 @@ import torch
 from helpers.runs import metrics as rows
 from helpers.runs import run, the_error, the_run, values
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 import runtime
 
@@ -60,7 +61,10 @@ def test_a_metric_may_be_a_number_and_must_be_a_scalar():
 
 # A row
 @pytest.fixture
-def logger(tmp_path):
+def logger(tmp_path, monkeypatch):
+    # TensorBoard reads files of the same second by a number that counts those of the process, as
+    # text: 10 comes before 9. Only a test opens so many so fast.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     logger = runtime.Logger(tmp_path, ARGS, 0)
     yield logger
     logger.close()

@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from helpers.agents import same
 from helpers.runs import ONE_SCRIPT, TINY, contents, parse, run, the_error, the_run
 
 import dreamerv2
@@ -114,6 +116,19 @@ def test_a_path_is_meant_from_where_the_command_was_typed(place, monkeypatch):
     assert runtime.from_start("runs/x") == place / "runs" / "x"
     assert runtime.shown(place / "runs" / "x") == Path("runs/x")
     assert runtime.shown(Path("/elsewhere")) == Path("/elsewhere")
+
+
+def test_an_agent_is_loaded_from_the_folder_that_its_path_means_now(place, monkeypatch):
+    args = parse("dreamerv2.py", f"{SHORT} --resume mine")
+    shapes = {"vector": (4,), "action": (2,)}
+    folder, _ = runtime.open_run(asdict(args), shapes, 0)
+    dreamerv2.resolve_auto(args, torch.device("cpu"), discrete=True)
+    agent = dreamerv2.make_agent(shapes, args)
+    runtime.save_checkpoint(folder, {"agent": agent}, {})
+    runtime.write_args(folder, asdict(args))
+    monkeypatch.setattr(runtime, "STARTED_IN", Path("/"))  # a program moved after it began
+    loaded, _ = runtime.load_agent(dreamerv2, "mine")
+    assert same(loaded.state_dict(), agent.state_dict())
 
 
 def test_the_command_to_go_on_is_quoted(place):
