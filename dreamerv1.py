@@ -657,7 +657,8 @@ def explore(action, updates, args):
 def resolve_auto(args, device, discrete):
     """Puts in place of "auto" what it stands for on this device and with these actions."""
     if args.precision == "auto":
-        args.precision = "bfloat16" if device.type == "cuda" else "float32"
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bfloat16" if fast else "float32"
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "tanh_normal"
     if discrete != (args.actor_dist == "onehot"):

@@ -830,7 +830,8 @@ def policy(agent, row, state, sample=True):
 def resolve_auto(args, device, discrete):
     """Puts in place of "auto" and of 0 what it stands for: by device, actions and --size."""
     if args.precision == "auto":
-        args.precision = "bfloat16" if device.type == "cuda" else "float32"
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bfloat16" if fast else "float32"
     if args.actor_dist == "auto":
         args.actor_dist = "onehot" if discrete else "normal"
     if discrete != (args.actor_dist == "onehot"):

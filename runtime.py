@@ -133,16 +133,32 @@ def exit_on_error():
     sys.stderr = Terminal(sys.stderr)
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        leave(130, error)
     except expected as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
-        if WORLD > 1 and isinstance(error, ConnectionError):
-            os._exit(1)  # an orderly end on a GPU would wait for the process that is gone
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        leave(2 if isinstance(error, UserError) else 1, error)
+    except Exception as error:
+        if WORLD == 1:
+            raise
+        traceback.print_exc()
+        leave(1, error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads may otherwise abort a process that ends
+
+
+def leave(code, error):
+    """Ends a process after an error.
+
+    At once on GPUs and where a process is gone. To take leave of the others would wait for those
+    that are gone or busy, and for recorded graphs, which the error's frames keep alive.
+    """
+    if WORLD > 1 and (isinstance(error, ConnectionError) or torch.cuda.is_initialized()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -277,6 +293,8 @@ def program(name):
 
 def explain_lost_process():
     """Turns what comes of a process that died without a word into one line."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return contextlib.nullcontext()  # what the recording forbids has other causes
     hint = "another process is gone, go on from the last checkpoint with --resume"
     return explain(hint, RuntimeError, kind=ConnectionError)
 
@@ -995,14 +1013,15 @@ class Captured:
             with torch.cuda.graph(self.graph, stream=self.side):
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
-            with explain(UNUSABLE, RuntimeError, kind=DeviceError):
+            cause = error.__context__ or error  # to end the recording fails too, and hides it
+            said = one_line(cause)[:200] + place_of(cause)
+            with explain(f"{UNUSABLE}, after {said}", RuntimeError, kind=DeviceError):
                 torch.cuda.set_stream(usual_stream)  # the capture may have left another one
                 torch.rand(1, device=self.device)
                 torch.cuda.synchronize()
             for generator, state in zip(generators(), states, strict=True):
                 generator.set_state(state)
             self.graph = None
-            said = " ".join(str(error).split())[:200]
             tqdm.write(f"this GPU cannot record, the run goes on step by step: {said}")
             return False
         usual_stream.wait_stream(self.side)

@@ -188,6 +188,7 @@ def prepare(work, folder):
         return step
 
     functions = {
+        "captured": lambda: learn.graph is not None,  # False on a CPU
         "plain update": lambda: plain(batch),
         "update": update,
         "model": model_all,
@@ -255,9 +256,11 @@ def answer_commands(work, functions, counts):
     for line in sys.stdin:
         what, times = line.rsplit(" ", 1)
         answer = {}
-        if what in ("limit", "losses", "kernels"):
-            ask = {"limit": partial(limit, work), "losses": losses, "kernels": kernels}[what]
-            answer[what] = ask(functions)
+        ask = {"limit": partial(limit, work), "losses": losses, "kernels": kernels}
+        if what in ask:
+            answer[what] = ask[what](functions)
+        elif what == "captured":
+            answer[what] = functions[what]()
         else:
             answer["seconds"] = []
             for _ in range(int(times)):
@@ -285,7 +288,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        sys.exit(f"error: a process ended: {self.process.args}")
+        raise ChildProcessError(f"a process ended: {self.process.args}")
 
     def ask(self, what, times=1):
         print(what, times, file=self.process.stdin, flush=True)
@@ -347,6 +350,7 @@ def measure(name, args, **options):
         report[key] = {"ms": worker.medians(), "peak MiB": round(worker.peak)}
         report[key]["parameters"] = worker.parameters
     if args.gpu:
+        report["captured"] = mine.ask("captured")["captured"]
         report["kernels"] = mine.ask("kernels")["kernels"]
     for worker in workers.values():
         worker.close()
@@ -361,6 +365,8 @@ def measure(name, args, **options):
 
 def show(report):
     options = ", ".join(f"{k} {report[k]}" for k in ("mode", "changes") if k in report)
+    if report.get("mode") == "graph":
+        options += " recorded" if report["captured"] else " that could not be recorded"
     print(f"{report['workload']}  {report['what']}, {report['precision']} {options}")
     for key in ("ours", "sheeprl"):
         if key in report:
@@ -375,7 +381,8 @@ def show(report):
 def machine():
     import torch
 
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]  # noqa: SIM115
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return {
         "cpu": f"{len(cpu)} x {cpu[0]}" if cpu else platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -404,14 +411,20 @@ def main(args):
             plan += [(args.scaling, {"changes": changes | {key: v}}) for v in values]
     elif args.gpu:
         names = args.workloads or ["W2", "W1", "atari50", "dmc2"]
-        plan = [(n, {"mode": m, "precision": p}) for n in names for m, p in GPU_MODES]
+        plan = [(n, {"mode": m, "precision": p}) for m, p in GPU_MODES for n in names]
     else:
         plan = [(name, {}) for name in args.workloads or ["W1", "W2", "W3"]]
     for name, options in plan:
-        reports.append(measure(name, args, **options))
-        show(reports[-1])
+        try:
+            reports.append(measure(name, args, **options))
+            show(reports[-1])
+        except ChildProcessError as error:  # the others of the plan are measured all the same
+            reports.append({"workload": name, "error": str(error)} | options)
+            print(f"error: {error}", flush=True)
         if args.json:  # after each, so that a lost machine loses little
             Path(args.json).write_text(json.dumps({"machine": about, "reports": reports}, indent=1))
+    if any("error" in report for report in reports):
+        sys.exit(1)
 
 
 GPU_MODES = [

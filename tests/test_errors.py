@@ -1,5 +1,7 @@
 """How a run ends: which errors take one line, and with which exit code."""
 
+import re
+
 import pytest
 import torch
 
@@ -43,3 +45,29 @@ def test_an_error_can_be_explained_in_one_line():
         raise ValueError("first\n  second")
     with pytest.raises(ZeroDivisionError), runtime.explain("no luck", ValueError):
         _ = 1 / 0
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (KeyboardInterrupt(), 130, r"^$"), (runtime.UserError("x"), 2, r"^error: x\n$"),
+    (FloatingPointError("not finite"), 1, r"^error: not finite\n$"),
+    (ValueError("unexpected"), 1, r"(?s)^Traceback.*ValueError: unexpected\n$"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["gpus", "cpus"])
+def test_an_error_in_one_of_several_processes_on_gpus_ends_it_without_waiting(
+    capsys, monkeypatch, error, code, said, where
+):
+    """nccl's orderly end would wait for graphs that the error keeps alive."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(runtime, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: where == "gpus")
+    monkeypatch.setattr(runtime.os, "_exit", end)
+    with pytest.raises(Ended if where == "gpus" else SystemExit) as stop, runtime.exit_on_error():
+        raise error
+    assert stop.value.args == (code,)
+    assert re.search(said, capsys.readouterr().err)

@@ -1,10 +1,12 @@
-"""How whole runs are timed, part by part."""
+"""How whole runs are timed, part by part; a plan of workloads."""
 
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import speed
 import speed_run
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +44,30 @@ def test_a_run_is_timed_from_its_cold_start_until_it_has_solved_its_task(monkeyp
     # The parts leave nothing out: it is solved before its last save, and Python exits after it.
     assert run["seconds"] - 0.1 < sum(run["parts"].values()) < took
     assert run["parts"]["learning"] > run["parts"]["environment"]
+
+
+def test_a_workload_whose_process_ends_is_reported_and_the_others_are_measured(
+    monkeypatch, tmp_path, capsys
+):
+    def measure(name, args, **options):
+        if name == "W1" and options["mode"] == "graph":
+            raise ChildProcessError("a process ended: it cannot record")
+        return {"workload": name} | options
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "show", lambda report: None)
+    file = tmp_path / "gpu.json"
+    args = SimpleNamespace(
+        run=None, threads=1, mode="graph", precision="float32", scaling=None, gpu=True,
+        workloads=["W1", "W2"], json=file,
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        speed.main(args)
+    assert stop.value.code == 1
+    reports = json.loads(file.read_text())["reports"]
+    assert len(reports) == 2 * len(speed.GPU_MODES)
+    failed = [report for report in reports if "error" in report]
+    assert [(r["workload"], r["mode"], r["precision"]) for r in failed] == [
+        ("W1", "graph", "bfloat16"), ("W1", "graph", "float32"),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.count("it cannot record") == 2
