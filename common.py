@@ -61,6 +61,8 @@ def make_env(args, index, render=False):
     dm_control = is_dm_control(args.env_id)
     atari = is_atari(args.env_id)
     observation = "pixels" if args.pixels else args.observation
+    if args.observation not in ("auto", observation):
+        raise UserError(f"--pixels does not go with --observation {args.observation}")
     if dm_control and observation == "auto":
         observation = "pixels"
     # A game of Atari observes images by itself.
@@ -98,6 +100,8 @@ def make_env(args, index, render=False):
             grayscale_obs=args.grayscale,
         )  # fmt: skip
     elif args.action_repeat > 1:
+        # A reward may be an array of one number, which RepeatAction cannot add up.
+        env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
         env = gym.wrappers.RepeatAction(env, args.action_repeat)
     limit = math.ceil(args.time_limit / args.action_repeat) or math.inf
     return DreamerSpaces(env, observation, args.grayscale, args.seed, index, limit)
@@ -267,7 +271,8 @@ class DreamerSpaces(gym.Wrapper):
         with self.name_failures():
             obs, reward, terminated, truncated, _ = self.env.step(self.to_action(action))
             reward = np.asarray(reward, np.float64)
-            if reward.size != 1 or not np.isfinite(reward).all():
+            # A row has it in float32, where more than that is infinite.
+            if reward.size != 1 or not np.abs(reward) <= np.finfo(np.float32).max:
                 raise ValueError(f"the reward is {reward}")
             truncated = truncated or self.steps >= self.limit
             return self.observe(obs), reward.item(), bool(terminated), bool(truncated), {}
@@ -508,7 +513,8 @@ class Envs:
     def warn_if_endless(self):
         """Says so if no episode has ended so far and nothing promises that one will."""
         steps = self.lengths.max()  # 0 if the run was only just resumed
-        if not self.has_limit and self.episodes.max() <= 1 and steps > 0:
+        ended = self.episodes.max() > 1 or self.ended.any()  # or one ended with the last row
+        if not self.has_limit and not ended and steps > 0:
             print(f"no episode of {self.env_id} ended in {steps} steps, consider --time-limit")
 
     def close(self):

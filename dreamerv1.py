@@ -70,7 +70,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     prefill: Whole = 5000  # env frames of random play before learning
     replay_size: Count = 2_500_000  # agent steps that are kept (the authors keep all)
     batch_size: Count = 50  # B, sequences in a batch
-    batch_length: Count = 50  # T, agent steps of a sequence
+    batch_length: Annotated[int, 2, 2**31 - 1] = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 200  # D, size of the GRU state
     hidden: Count = 200  # units between the inputs and outputs of the RSSM

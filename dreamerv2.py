@@ -71,7 +71,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     replay_size: Count = 2_000_000  # agent steps that are kept
     favor_ends: bool = True  # draw the ends of episodes more often
     batch_size: Count = 16  # B, sequences in a batch (Atari's published curves: 50)
-    batch_length: Count = 50  # T, agent steps of a sequence
+    batch_length: Annotated[int, 2, 2**31 - 1] = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 600  # D, size of the GRU state
     hidden: Count = 600  # units between the inputs and outputs of the RSSM

@@ -381,6 +381,8 @@ class OneHot:
 
 def unimix(logit, share):
     """Logits of a mixture with the uniform distribution, in float32: (..., K)."""
+    if share == 0:
+        return logit.float()  # the logarithm below would be infinite where a probability is 0
     probs = runtime.softmax(logit.float())
     return ((1 - share) * probs + share / probs.shape[-1]).log()
 

@@ -761,7 +761,7 @@ def load_agent(script, run):
     script: the module that made the run, as `import dreamerv2` gives it.
     """
     run = Path(run).absolute()  # of the directory that Python is in now, for all that is read
-    args = script.Args(**read_args(script.Args, run))
+    args = script.Args(**read_args(script.Args, run) | {"compile": False})
     with kept_rng():  # a checkpoint has states of torch's generators too
         agent = script.make_agent(read_shapes(run), args)
         load_checkpoint(run, {"agent": agent})
@@ -854,10 +854,12 @@ class Logger:
         self.since = None  # time, frames and updates when that began, or the run went on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
+            # Runs of benchmarks/run.py have folders of one name in folders that tell them apart.
+            name = "-".join(run.parts[-3:]) if run.name == "run" else run.name
             with explain("--track", Exception):
                 sys.modules["wandb"].init(
                     project=args["wandb_project_name"], entity=args["wandb_entity"],
-                    name=run.name, id=run.name, resume="allow", config=args, sync_tensorboard=True,
+                    name=name, id=name, resume="allow", config=args, sync_tensorboard=True,
                 )  # fmt: skip
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
         self.bar = tqdm(

@@ -246,6 +246,14 @@ def test_a_kl_of_less_than_the_free_nats_in_a_step_has_no_gradient():
     assert all(p.grad is None or not p.grad.any() for p in x.rssm.img_out.parameters())
 
 
+def test_without_a_share_of_the_uniform_a_probability_may_vanish():
+    logit = torch.tensor([0.0, 200.0, -300.0], requires_grad=True)
+    dist = dreamerv3.OneHot(dreamerv3.unimix(logit, 0.0))
+    dist.entropy().backward()
+    assert dist.entropy() == 0
+    assert logit.grad.isfinite().all()
+
+
 def test_the_return_is_normalised_by_a_range_of_at_least_one():
     returns = dreamerv3.ReturnRange(rate=1.0)
     assert returns(torch.linspace(0, 0.5, 101)) == 1

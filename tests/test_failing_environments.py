@@ -195,8 +195,15 @@ class NanReward(Basic):
         return obs, np.nan if self.time == 15 else reward, *rest
 
 
+class HugeReward(Basic):
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, 1e39 if self.time == 15 else reward, *rest
+
+
 @pytest.mark.parametrize(("cls", "said"), [
     (NanObservation, "the observation is not finite: "), (NanReward, "the reward is nan"),
+    (HugeReward, "the reward is 1e+39"),
 ])  # fmt: skip
 def test_a_number_that_is_none_fails_the_environment_and_enters_no_replay(cls, said, place, capsys):
     assert said in fails(cls, place, capsys)

@@ -125,10 +125,11 @@ def test_an_agent_is_loaded_from_the_folder_that_its_path_means_now(place, monke
     dreamerv2.resolve_auto(args, torch.device("cpu"), discrete=True)
     agent = dreamerv2.make_agent(shapes, args)
     runtime.save_checkpoint(folder, {"agent": agent}, {})
-    runtime.write_args(folder, asdict(args))
+    runtime.write_args(folder, asdict(args) | {"compile": True})
     monkeypatch.setattr(runtime, "STARTED_IN", Path("/"))  # a program moved after it began
-    loaded, _ = runtime.load_agent(dreamerv2, "mine")
+    loaded, its_args = runtime.load_agent(dreamerv2, "mine")
     assert same(loaded.state_dict(), agent.state_dict())
+    assert not its_args.compile  # a program need not wait for that
 
 
 def test_the_command_to_go_on_is_quoted(place):

@@ -25,6 +25,12 @@ V3 = TINY.replace("--pretrain 2 --prefill 200", "--classes 4 --blocks 2")
 SHORT_V3 = f"{V3} --total-frames 80 --train-ratio 1 --log-every 40"
 
 
+class Forty(Basic):
+    """Its first episode ends with random play, and in V3 with the first row of losses."""
+
+    length = 40
+
+
 # What they do to a run
 def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, monkeypatch, capsys):
     monkeypatch.setattr(common, "EVAL_FRAMES", 30)
@@ -42,7 +48,7 @@ def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, mo
 ], ids=["dreamerv2", "dreamerv3"])  # fmt: skip
 @pytest.mark.parametrize(("cls", "options", "flags", "warned"), [
     (Endless, {}, "", True), (Endless, {"max_episode_steps": 500}, "", False),
-    (Endless, {}, "--time-limit 500", False), (Basic, {}, "", False),
+    (Endless, {}, "--time-limit 500", False), (Basic, {}, "", False), (Forty, {}, "", False),
 ])  # fmt: skip
 def test_an_environment_that_may_never_end_is_warned_of(
     script, short, cls, options, flags, warned, place, monkeypatch, capsys
@@ -82,9 +88,11 @@ def recorded():
     return gym.wrappers.RecordEpisodeStatistics(Basic())
 
 
-@pytest.mark.parametrize("entry", [Odd, recorded])
-def test_what_is_unusual_but_clear_is_taken(entry, place):
-    folder = play("dreamerv2.py", f"{SHORT} --env-id {register(entry)} --num-envs 2")
+@pytest.mark.parametrize(("entry", "flags"), [
+    (Odd, ""), (Odd, "--action-repeat 2"), (recorded, ""),
+])  # fmt: skip
+def test_what_is_unusual_but_clear_is_taken(entry, flags, place):
+    folder = play("dreamerv2.py", f"{SHORT} --env-id {register(entry)} --num-envs 2 {flags}")
     assert {value for _, value in values(folder, "charts/episodic_return")} == {20}
 
 

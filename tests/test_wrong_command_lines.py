@@ -248,6 +248,7 @@ SHARED = {  # what is said about flags, of which either script is given a part; 
         f"--env-id wrong_envs:Wrong/Fine-v0 {flags}": "Wrong/Fine-v0: .*cannot be drawn"
         for flags in ("--pixels", "--observation both", "--capture-video")
     },
+    "--env-id CartPole-v1 --pixels --observation both": "--pixels does not go with .*both",
     "--env-id FrozenLake-v1": rf"{ONLY_BOXES}Discrete\(16\)$",
     "--env-id Blackjack-v1": rf"{ONLY_BOXES}Tuple\(.*\)$",
     **{
