@@ -155,9 +155,9 @@ SHARES = [
     "expl_min",
 ]  # fmt: skip
 SIZES = [
-    "num_envs", "batch_size", "batch_length", "deter", "hidden", "units", "stoch", "classes",
-    "cnn_depth", "layers", "reward_layers", "eval_episodes", "total_frames", "action_repeat",
-    "replay_size", "train_every", "train_steps", "slow_update",
+    "num_envs", "batch_size", "deter", "hidden", "units", "stoch", "classes", "cnn_depth",
+    "layers", "reward_layers", "eval_episodes", "total_frames", "action_repeat", "replay_size",
+    "train_every", "train_steps", "slow_update",
 ]  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def test_what_is_a_share_goes_to_1_and_what_is_a_size_begins_at_1(script):
     for name in SIZES:
         assert name not in hints(script) or bounds(script, name)[0] == 1, name
     assert bounds(script, "imag_horizon")[0] == 2  # the last imagined state has no return
+    assert bounds(script, "batch_length")[0] == 2  # V1 learns no discount of a window's first row
     for name in ("model_lr", "adam_eps", "clip", "expl_decay"):
         assert name not in hints(script) or bounds(script, name)[0] > 0, name
 
