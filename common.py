@@ -271,7 +271,7 @@ class DreamerSpaces(gym.Wrapper):
         with self.name_failures():
             obs, reward, terminated, truncated, _ = self.env.step(self.to_action(action))
             reward = np.asarray(reward, np.float64)
-            # A row has it in float32, where more than that is infinite.
+            # NaN is no number within the bounds of float32, in which a row has the reward.
             if reward.size != 1 or not np.abs(reward) <= np.finfo(np.float32).max:
                 raise ValueError(f"the reward is {reward}")
             truncated = truncated or self.steps >= self.limit

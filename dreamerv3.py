@@ -51,7 +51,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 204_000_000  # env frames, action repeat included
     cuda: bool = True  # use a GPU if there is one
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if a GPU has it
     torch_deterministic: bool = False  # only kernels that give the same numbers each time
     threads: Whole = 0  # CPU threads of torch, 0 is its own choice
     graph: bool = True  # on a GPU, acting and learning become CUDA graphs

@@ -854,12 +854,10 @@ class Logger:
         self.since = None  # time, frames and updates when that began, or the run went on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
-            # Runs of benchmarks/run.py have folders of one name in folders that tell them apart.
-            name = "-".join(run.parts[-3:]) if run.name == "run" else run.name
             with explain("--track", Exception):
                 sys.modules["wandb"].init(
                     project=args["wandb_project_name"], entity=args["wandb_entity"],
-                    name=name, id=name, resume="allow", config=args, sync_tensorboard=True,
+                    name=run.name, id=run.name, resume="allow", config=args, sync_tensorboard=True,
                 )  # fmt: skip
         wait = 0.5 if sys.stderr.isatty() else 60.0  # seconds between two states of the bar
         self.bar = tqdm(

@@ -111,7 +111,7 @@ def play(run, episodes, first_index=20_000):
 
     Environments with index 20,000 and on: neither training nor evaluation has their seeds.
     """
-    # As many at once as there may be: with --eval-envs 0 no more than those of training.
+    # With --eval-envs 0 there can be no more environments than in training.
     count = min(episodes, 8 if run.args.eval_envs else run.args.num_envs)
     # Each plays its share: the first ones to end would be the short ones.
     quota = np.bincount(np.arange(episodes) % count)

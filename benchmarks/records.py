@@ -105,12 +105,9 @@ def label_of_run(run, seed):
     """The name of a run folder without its seed.
 
     runs/mine-1 and runs/mine_1 are mine, runs/CartPole-v1__mine__1__1795859953000 is
-    CartPole-v1__mine, and runs/benchmarks/mine-CartPole-v1/seed-1/run is mine-CartPole-v1.
+    CartPole-v1__mine.
     """
-    run = Path(run).absolute()
-    if run.name == "run" and run.parent.name == f"seed-{seed}":
-        return run.parent.parent.name
-    return re.sub(rf"[-_]+{seed}(__\d+)?$", "", run.name)
+    return re.sub(rf"[-_]+{seed}(__\d+)?$", "", Path(run).absolute().name)
 
 
 def find_curves(paths):
@@ -125,7 +122,8 @@ def find_curves(paths):
         elif (path / "args.yaml").exists():
             files, runs = [], [path]
         else:
-            files, runs = sorted(path.glob("*.csv")), sorted(path.glob("seed-*/run"))
+            files = sorted(path.glob("*.csv"))
+            runs = [args.parent for args in sorted(path.glob("seed-*/*/args.yaml"))]
         if not files and not runs:
             raise ValueError(f"{path} is no run folder, no CSV file, and no folder with either")
         try:

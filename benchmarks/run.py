@@ -44,7 +44,7 @@ class Job:
         self.curves = args.curves
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
-        self.run = self.folder / "run"
+        self.run = self.folder / f"{name}-{seed}"  # a name that no other run has, for W&B
         # The scripts are told how many cores are theirs; presets of small networks take one.
         threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
         self.environ = {} if args.cluster else {"OMP_NUM_THREADS": threads}

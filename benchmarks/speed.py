@@ -257,10 +257,9 @@ def answer_commands(work, functions, counts):
         what, times = line.rsplit(" ", 1)
         answer = {}
         ask = {"limit": partial(limit, work), "losses": losses, "kernels": kernels}
+        ask["captured"] = lambda functions: functions["captured"]()
         if what in ask:
             answer[what] = ask[what](functions)
-        elif what == "captured":
-            answer[what] = functions[what]()
         else:
             answer["seconds"] = []
             for _ in range(int(times)):

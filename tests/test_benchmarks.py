@@ -274,10 +274,10 @@ def test_a_variant_is_compared_with_another(values, code, words, tmp_path, capsy
 def test_sides_may_be_curves_and_folders_with_runs(tmp_path, capsys):
     base = write_curve(tmp_path / "base.csv", {1: 490.0, 2: 500.0})
     for seed in (1, 2):
-        write_run(tmp_path / "mine-CartPole-v1" / f"seed-{seed}" / "run", 495.0, seed)
+        write_run(tmp_path / "mine-CartPole-v1" / f"seed-{seed}" / f"mine-{seed}", 495.0, seed)
     assert check.main([str(tmp_path / "mine-CartPole-v1"), "--against", str(base)]) == 0
     first, flags, *_ = capsys.readouterr().out.splitlines()
-    assert first.startswith("mine-CartPole-v1 (2 seeds) against base (2 seeds)")
+    assert first.startswith("mine (2 seeds) against base (2 seeds)")
     assert flags == f"flags are not compared: {base} has no card"
 
 
@@ -396,7 +396,7 @@ def test_the_authors_figures_have_a_source_and_lie_between_their_extremes():
         ("runs/mine_12", "mine"),
         ("runs/mine-112", "mine-112"),
         ("runs/CartPole-v1__mine__12__1795859953000", "CartPole-v1__mine"),
-        ("runs/benchmarks/mine-CartPole-v1/seed-12/run", "mine-CartPole-v1"),
+        ("runs/benchmarks/mine-CartPole-v1/seed-12/mine-CartPole-v1-12", "mine-CartPole-v1"),
     ],
 )
 def test_the_label_of_a_run_is_its_name_without_the_seed(folder, label):
@@ -610,21 +610,21 @@ def test_an_interrupted_grid_saves_its_runs_and_goes_on_where_it_stopped(tmp_pat
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "dreamerv2-CartPole-v1" / "seed-3"
     deadline = time.monotonic() + 120
-    while not any("losses" in path.read_text() for path in log.glob("run/metrics.jsonl")):
+    while not any("losses" in path.read_text() for path in log.glob("*/metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "seed 3" in err
-    assert (log / "run" / "checkpoint.pt").exists()
+    assert (log / "dreamerv2-CartPole-v1-3" / "checkpoint.pt").exists()
     assert subprocess.run(command, capture_output=True).returncode == 0
     lines = (log / "log.txt").read_text().splitlines()
     began = [line for line in lines if line.startswith("$")]
     assert len(began) == 2
     assert began[0] == began[1]  # one command begins the run and goes on with it
-    assert "a new run begins in run" in lines
-    assert "the run in run goes on" in lines
+    assert "a new run begins in dreamerv2-CartPole-v1-3" in lines
+    assert "the run in dreamerv2-CartPole-v1-3 goes on" in lines
     curves = records.read_curve(tmp_path / "curves" / "dreamerv2-CartPole-v1.csv")
     assert records.last_frame(curves[3]) == 1500
     frames = [row["env_frames"] for row in curves[3] if row["kind"] == "train"]
