@@ -165,14 +165,10 @@ def choose_gl(needed):
         raise UserError(f"no OpenGL without a screen: {hint}")
 
 
-@contextlib.contextmanager
-def explain_failure(env_id, seed, index, episode):
-    """Turns any exception into a ChildProcessError of one line that names the environment."""
+def failure(env_id, seed, index, episode, reason):
+    """The error that ends a run because an environment failed."""
     which = f"environment {index} of {env_id} (seed {seed}, episode {episode})"
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        raise ChildProcessError(f"{which} failed: {one_line(error)}{place_of(error)}") from None
+    return ChildProcessError(f"{which} failed: {reason}")
 
 
 class DreamerSpaces(gym.Wrapper):
@@ -253,9 +249,15 @@ class DreamerSpaces(gym.Wrapper):
         ends_by_itself = self.spec.namespace in ("dm_control", "ALE")
         return ends_by_itself or (self.spec.max_episode_steps or 0) > 0
 
+    @contextlib.contextmanager
     def name_failures(self):
-        env_id = getattr(self.spec, "id", self.spec)
-        return explain_failure(env_id, self.seed, self.index, self.episode - 1)
+        """Whatever is raised inside becomes one line that names the environment."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            env_id = getattr(self.spec, "id", self.spec)
+            reason = one_line(error) + place_of(error)
+            raise failure(env_id, self.seed, self.index, self.episode - 1, reason) from None
 
     def reset(self, *, seed=None, options=None):
         sequence = np.random.SeedSequence([self.seed, self.index, self.episode])
@@ -368,14 +370,13 @@ class Envs:
     ended, so that the first step resets all.
     """
 
-    def __init__(self, args, num_envs, parallel=False, first_index=None, render=False):
-        first = RANK * num_envs if first_index is None else first_index
+    def __init__(self, args, num_envs, parallel=False, first_index=0, render=False):
         self.env_id = args.env_id
         self.seed = args.seed
         self.action_repeat = args.action_repeat
         self.num_envs = num_envs
         self.parallel = parallel
-        self.indices = range(first, first + num_envs)
+        self.indices = range(first_index, first_index + num_envs)
         makers = [partial(make_env, args, index, render) for index in self.indices]
         make_vector = start_processes if parallel else gym.vector.SyncVectorEnv
         with kept_rng():  # an environment may seed torch
@@ -500,9 +501,8 @@ class Envs:
                 process.join(timeout=1)  # seconds
             dead = [process.exitcode is not None for process in self.vector.processes]
             i = dead.index(True) if any(dead) else 0
-            episode = self.episodes[i] - 1
-            with explain_failure(self.env_id, self.seed, self.indices[i], episode):
-                raise ChildProcessError("its process died") from None
+            which = self.env_id, self.seed, self.indices[i], self.episodes[i] - 1
+            raise failure(*which, "its process died") from None
 
     def render(self):
         """The image (H, W, 3) of the first environment."""
@@ -536,7 +536,7 @@ def make_envs(args):
     envs = None
     if shared or not args.evaluate:
         render = shared and args.capture_video
-        envs = Envs(args, args.num_envs, parallel=args.async_envs, render=render)
+        envs = Envs(args, args.num_envs, args.async_envs, RANK * args.num_envs, render)
     if shared:
         return envs, envs
     count = min(args.eval_envs, args.eval_episodes)
@@ -575,7 +575,8 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
     interrupt: an Interrupt; a signal to this process breaks the evaluation off.
     -> returns, how many of the episodes were cut, a film of the first (at most 1000 images)
     """
-    # How many episodes each environment has to play; each process plays those of some.
+    # Environment i plays the episodes i, i + N, i + 2N, ...; each process counts those of every
+    # WORLD-th environment.
     to_play = np.zeros(envs.num_envs, int)
     for i in range(RANK, envs.num_envs, WORLD):
         to_play[i] = len(range(i, episodes, envs.num_envs))
@@ -620,6 +621,7 @@ class Film:
 # Replay
 
 DTYPES = {"image": np.uint8, "is_first": np.bool_}  # of what is kept; the rest is float32
+MOST, CAPACITY, END = range(3)  # in written.npy: most rows ever written, capacity, rows in all
 
 
 def row_bytes(shapes):
@@ -646,7 +648,6 @@ class Replay:
             # This process holds the lock until it ends, however it does.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.is_new = not any(self.folder.glob("*.npy"))
-        # Most rows ever written, capacity, end.
         self.written = self.map("written", (1, 3), np.int64)[0]
         rows_written, old_capacity, _ = self.written.tolist()
         self.capacity = max(capacity, old_capacity)
@@ -656,7 +657,7 @@ class Replay:
         for key, shape in shapes.items():
             dtype = DTYPES.get(key, np.float32)
             self.data[key] = self.map(key, (self.capacity, num_envs, *shape), dtype)
-        self.written[1] = self.capacity  # last: if the disk was full, the old capacity holds
+        self.written[CAPACITY] = self.capacity  # last: if the disk was full, the old capacity holds
 
     def map(self, name, shape, dtype):
         """Makes an array, or opens one and lets its file grow to the shape."""
@@ -684,11 +685,11 @@ class Replay:
         """Goes back to the rows of a checkpoint, less those that were overwritten since."""
         self.end = state["end"]
         self.fresh_taken = state["taken"]
-        oldest = int(self.written[0]) - self.capacity
+        oldest = int(self.written[MOST]) - self.capacity
         self.start = min(self.end, max(state["start"], oldest))
-        if self.written[0] < self.end:
+        if self.written[MOST] < self.end:
             raise UserError(f"{self.folder} lacks rows that the checkpoint knows")
-        self.written[2] = self.end
+        self.written[END] = self.end
 
     def __len__(self):
         return self.end - self.start
@@ -696,11 +697,11 @@ class Replay:
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""
         self.start = max(self.start, self.end + 1 - self.capacity)
-        self.written[0] = max(self.written[0], self.end + 1)
+        self.written[MOST] = max(self.written[MOST], self.end + 1)
         for key, data in self.data.items():
             data[self.end % self.capacity] = row[key]
         self.end += 1
-        self.written[2] = self.end
+        self.written[END] = self.end
 
     def sample(self, batch_size, length, favor_ends=False, fresh_first=False):
         """Draws windows of rows -> dict of (T, B, ...) tensors, on the device.

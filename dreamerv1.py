@@ -42,8 +42,9 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 @dataclass
 class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
-    env_id: str = "dm_control/walker-walk-v0"  # or any gymnasium id
-    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # auto: by id
+    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id or dm_control/walker-walk-v0
+    # defaults for a family of environments; auto: by id
+    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"
     exp_name: str = Path(__file__).stem  # part of a run folder's name
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 200_000_000  # env frames, action repeat included
@@ -68,7 +69,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 5000  # env frames of random play before learning
-    replay_size: Count = 2_500_000  # agent steps that are kept (the authors keep all)
+    replay_size: Count = 2_500_000  # rows that are kept, resets included (the authors keep all)
     batch_size: Count = 50  # B, sequences in a batch
     batch_length: Annotated[int, 2, 2**31 - 1] = 50  # T, agent steps of a sequence
     # --- world model ---
@@ -84,7 +85,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     act: Literal["elu", "relu", "silu"] = "elu"  # activation of hidden layers
     cnn_act: Literal["elu", "relu", "silu"] = "relu"  # activation of convolutions
     norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
-    reward_transform: Literal["none", "tanh"] = "tanh"  # of rewards, before learning
+    reward_transform: Literal["none", "tanh"] = "tanh"  # what is done to rewards before the loss
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 10.0  # weight of the discount loss
     vector_scale: Weight = 1.0  # weight of the loss of vectors
@@ -94,8 +95,9 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     gamma: Share = 0.99  # discount per agent step
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 10  # imagined steps
-    actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"  # by the actions
-    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # trains the actor, Eq. 7
+    # the policy's distribution; auto: by the kind of actions
+    actor_dist: Literal["auto", "onehot", "tanh_normal"] = "auto"
+    actor_grad: Literal["dynamics", "reinforce"] = "dynamics"  # what trains the actor, Eq. 7
     actor_entropy: Weight = 0.0  # weight of the actor's entropy (not in the paper)
     expl_noise: Weight = 0.3  # std of the noise on continuous actions
     expl_epsilon: Share = 0.4  # share of random discrete actions, at first
@@ -443,7 +445,7 @@ class RSSM(nn.Module):
         feats = [self.feat(start)]
         actions = []
         for _ in range(horizon):
-            # The actor's gradient takes no way through what the actor sees.
+            # What the actor sees is cut off: gradients reach it through its actions alone.
             actions.append(actor(feats[-1].detach()).rsample())  # (N, A)
             state = self.img_step(state, actions[-1])
             feats.append(self.feat(state))
@@ -548,8 +550,9 @@ def behavior_loss(world_model, actor, critic, post, is_terminal, args):
     # action       a0   a1   a2   a3    ret[0] judges it. z2 chose a3, whose return is unknown:
     # ret          g0   g1   g2         the last two states train no policy, the last no critic.
     before = torch.cat([world_model.rssm.feat(start)[None], feat[:-2]]).detach()  # (I-1, N, F)
-    # If the loss has no use for log_prob and entropy, the entropy of the start states will do.
-    policy = actor(before if args.actor_entropy or args.actor_grad == "reinforce" else before[:1])
+    # Where the loss needs no policy, the log has its entropy at the start states alone.
+    needed = args.actor_grad == "reinforce" or args.actor_entropy > 0
+    policy = actor(before if needed else before[:1])
     entropy = policy.entropy()  # (I-1 or 1, N)
     objective = ret  # (I-1, N)
     if args.actor_grad == "reinforce":
@@ -732,12 +735,11 @@ def main(args):
     counters = {"step": 0, "updates": 0, "last_report": 0}
     if not is_new:
         counters = runtime.load_checkpoint(run, parts)
-        runtime.write_args(run, config)
+        runtime.write_args(run, config)  # some flags may have changed
     step = counters["step"]  # agent steps of all environments
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames
     frames = step * args.action_repeat
-    random_play = updates == 0
     row = None  # until the first step, which resets
     state = rssm.initial(args.num_envs)
 
@@ -747,9 +749,9 @@ def main(args):
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
-        if finished and frames > last_report:
-            return True
-        return every > 0 and frames // every > last_report // every
+        if frames == last_report:
+            return False
+        return step >= total_steps or (every > 0 and frames // every > last_report // every)
 
     if is_new:
         save()  # so that a run can be resumed from its first moment on
@@ -764,13 +766,8 @@ def main(args):
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = frames >= args.prefill and len(replay) >= args.batch_length
 
-            if learning and random_play:
-                random_play = False
-                envs.warn_if_endless()
-                save()  # a run that is killed later need not play at random again
-
-            # Act: environments begin a step, a reset where an episode has ended. The seed of
-            # the noise follows from the step: a dropped one does not shift later draws.
+            # Act: environments begin a step, a reset where an episode has ended. The noise has
+            # a seed of this step: if the step is dropped, later draws are the same as ever.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:
@@ -792,6 +789,8 @@ def main(args):
                 break  # the step in flight is dropped: nothing of it was stored
 
             # Report what became due since the last report; save before an evaluation can fail.
+            if due(args.log_every) and last_report < args.log_every:  # for the first time
+                envs.warn_if_endless()
             if due(args.checkpoint_every):
                 save()
             if due(args.eval_every) and (updates or finished):

@@ -43,7 +43,8 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
-    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"  # auto: by id
+    # defaults for a family of environments; auto: by id
+    preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"
     exp_name: str = Path(__file__).stem  # part of a run folder's name
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 200_000_000  # env frames, action repeat included
@@ -68,7 +69,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 50_000  # agent steps of random play before learning
-    replay_size: Count = 2_000_000  # agent steps that are kept
+    replay_size: Count = 2_000_000  # rows that are kept, resets included
     favor_ends: bool = True  # draw the ends of episodes more often
     batch_size: Count = 16  # B, sequences in a batch (Atari's published curves: 50)
     batch_length: Annotated[int, 2, 2**31 - 1] = 50  # T, agent steps of a sequence
@@ -82,7 +83,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     layers: Count = 4  # dense layers of every head
     act: Literal["elu", "relu", "silu"] = "elu"  # activation of hidden layers
     norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
-    reward_transform: Literal["none", "tanh"] = "tanh"  # of rewards, before learning
+    reward_transform: Literal["none", "tanh"] = "tanh"  # what is done to rewards before the loss
     reward_head: Literal["normal", "twohot"] = "normal"  # what predicts rewards; twohot: 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 5.0  # weight of the discount loss
@@ -95,8 +96,10 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     gamma: Share = 0.999  # discount per agent step (paper .995)
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
-    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"  # by the actions
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # trains the actor, Eq. 6
+    # the policy's distribution; auto: by the kind of actions
+    actor_dist: Literal["auto", "onehot", "trunc_normal", "tanh_normal"] = "auto"
+    # what trains the actor, Eq. 6; auto: by the kind of actions
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"
     actor_grad_mix: Share = 0.1  # share of dynamics if both (the paper's 1 - rho)
     actor_entropy: Weight = 1e-3  # eta of Eq. 6, the weight of the entropy
     slow_update: Count = 100  # updates between copies of the critic
@@ -504,7 +507,7 @@ class RSSM(nn.Module):
         feats = [self.feat(start)]
         actions = []
         for _ in range(horizon):
-            # The actor's gradient takes no way through what the actor sees.
+            # What the actor sees is cut off: gradients reach it through its actions alone.
             actions.append(actor(feats[-1].detach()).rsample())  # (N, A)
             state = self.img_step(state, actions[-1])
             feats.append(self.feat(state))
@@ -607,13 +610,15 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action = world_model.rssm.imagine(actor, start, args.imag_horizon)  # (I, N, ...)
         reward = world_model.reward(feat)  # (I, N)
-        value = slow_critic(feat)  # (I, N)
+        slow_value = slow_critic(feat)  # (I, N)
         disc = torch.full_like(reward, args.gamma)
         if world_model.discount:
             # Replay knows whether the start state was terminal, so that is not predicted.
             predicted = torch.sigmoid(world_model.discount(feat[1:]))  # gamma included
             disc = torch.cat([args.gamma * (1 - is_terminal.reshape(1, -1)), predicted])
-        ret = lambda_return(reward[:-1], value[:-1], disc[:-1], value[-1], args.discount_lambda)
+        ret = lambda_return(
+            reward[:-1], slow_value[:-1], disc[:-1], slow_value[-1], args.discount_lambda
+        )
         weight = torch.cumprod(torch.cat([torch.ones_like(disc[:1]), disc[:-1]]), 0).detach()
 
     # state   z0   z1   z2   z3    With I = 4. The policy at z_i chose action[i + 1], so ret[i + 1]
@@ -624,15 +629,15 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
     mix = {"reinforce": 0.0, "dynamics": 1.0, "both": args.actor_grad_mix}[args.actor_grad]
     objective = args.actor_entropy * entropy
     if mix < 1:
-        advantage = (ret[1:] - value[:-2]).detach()
+        advantage = (ret[1:] - slow_value[:-2]).detach()
         objective = objective + (1 - mix) * policy.log_prob(action[1:-1].detach()) * advantage
     if mix > 0:
         objective = objective + mix * ret[1:]
-    prediction = critic(feat[:-1].detach())  # (I-1, N)
+    value = critic(feat[:-1].detach())  # (I-1, N)
     actor_loss = -(weight[:-2] * objective).mean()  # Eq. 6
-    critic_loss = (weight[:-1] * 0.5 * (prediction - ret.detach()).square()).mean()  # Eq. 5
+    critic_loss = (weight[:-1] * 0.5 * (value - ret.detach()).square()).mean()  # Eq. 5
     metrics = {"actor_entropy": entropy, "reward": reward, "discount": disc, "return": ret}
-    metrics |= {"value": prediction, "slow_value": value}
+    metrics |= {"value": value, "slow_value": slow_value}
     metrics = {f"imag/{k}": v.mean() for k, v in metrics.items()}
     metrics |= {"losses/actor": actor_loss, "losses/critic": critic_loss}
     return actor_loss, critic_loss, detach(metrics)
@@ -795,12 +800,11 @@ def main(args):
     counters = {"step": 0, "updates": 0, "last_report": 0}
     if not is_new:
         counters = runtime.load_checkpoint(run, parts)
-        runtime.write_args(run, config)
+        runtime.write_args(run, config)  # some flags may have changed
     step = counters["step"]  # agent steps of all environments
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames
     frames = step * args.action_repeat
-    random_play = updates == 0
     row = None  # until the first step, which resets
     state = rssm.initial(args.num_envs)
 
@@ -810,9 +814,9 @@ def main(args):
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
-        if finished and frames > last_report:
-            return True
-        return every > 0 and frames // every > last_report // every
+        if frames == last_report:
+            return False
+        return step >= total_steps or (every > 0 and frames // every > last_report // every)
 
     if is_new:
         save()  # so that a run can be resumed from its first moment on
@@ -827,13 +831,8 @@ def main(args):
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = step >= args.prefill and len(replay) >= args.batch_length
 
-            if learning and random_play:
-                random_play = False
-                envs.warn_if_endless()
-                save()  # a run that is killed later need not play at random again
-
-            # Act: environments begin a step, a reset where an episode has ended. The seed of
-            # the noise follows from the step: a dropped one does not shift later draws.
+            # Act: environments begin a step, a reset where an episode has ended. The noise has
+            # a seed of this step: if the step is dropped, later draws are the same as ever.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:
@@ -856,6 +855,8 @@ def main(args):
                 break  # the step in flight is dropped: nothing of it was stored
 
             # Report what became due since the last report; save before an evaluation can fail.
+            if due(args.log_every) and last_report < args.log_every:  # for the first time
+                envs.warn_if_endless()
             if due(args.checkpoint_every):
                 save()
             if due(args.eval_every) and (updates or finished):

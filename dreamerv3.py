@@ -44,9 +44,10 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
+    # defaults for a family of environments; auto: by id, never atari100k or crafter
     preset: Literal[
         "auto", "atari", "atari100k", "dmc_pixels", "dmc_vector", "crafter", "other"
-    ] = "auto"  # auto: by id, never atari100k or crafter
+    ] = "auto"
     exp_name: str = Path(__file__).stem  # part of a run folder's name
     seed: Whole = 1  # seed of networks, replay and environments
     total_frames: Count = 204_000_000  # env frames, action repeat included
@@ -91,7 +92,8 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     gamma: Share = 1 - 1 / 333  # discount per agent step
     discount_lambda: Share = 0.95  # lambda of the returns
     imag_horizon: Annotated[int, 2, 2**31 - 1] = 15  # imagined steps
-    actor_dist: Literal["auto", "onehot", "normal"] = "auto"  # by the actions
+    # the policy's distribution; auto: by the kind of actions
+    actor_dist: Literal["auto", "onehot", "normal"] = "auto"
     actor_entropy: Weight = 3e-4  # eta of Eq. 6, the weight of the entropy
     return_rate: Share = 0.01  # share of the newest returns in their running range
     replay_critic: Weight = 0.3  # weight of the critic's loss on replayed states
@@ -808,11 +810,11 @@ def update(agent, optimizer, batch, args, start=None):
     return metrics | imagined
 
 
+@torch.no_grad()
 def follow(slow_critic, critic, rate):
     """Moves the slow critic's weights a share of the way to the critic's."""
-    torch._foreach_lerp_(
-        [*slow_critic.parameters()], [p.detach() for p in critic.parameters()], rate
-    )
+    for slow, fast in zip(slow_critic.parameters(), critic.parameters(), strict=True):
+        slow.lerp_(fast, rate)
 
 
 @torch.no_grad()
@@ -927,7 +929,7 @@ def main(args):
     counters = {"step": 0, "updates": 0, "last_report": 0}
     if not is_new:
         counters = runtime.load_checkpoint(run, parts)
-        runtime.write_args(run, config)
+        runtime.write_args(run, config)  # some flags may have changed
     step = counters["step"]  # agent steps of all environments
     updates = counters["updates"]
     last_report = counters["last_report"]  # frames
@@ -941,9 +943,9 @@ def main(args):
 
     def due(every):
         """Whether a multiple of `every` frames, or the end, came since the last report."""
-        if finished and frames > last_report:
-            return True
-        return every > 0 and frames // every > last_report // every
+        if frames == last_report:
+            return False
+        return step >= total_steps or (every > 0 and frames // every > last_report // every)
 
     if is_new:
         save()  # so that a run can be resumed from its first moment on
@@ -956,10 +958,10 @@ def main(args):
         # step, frames and replay know nothing of it: it can be dropped at any time.
         while True:
             finished = step >= total_steps  # then this turn learns what is owed and reports
-            learning = step >= first_update(args) and len(replay) >= args.batch_length
+            learning = len(replay) >= args.batch_length
 
-            # Act: environments begin a step, a reset where an episode has ended. The seed of
-            # the noise follows from the step: a dropped one does not shift later draws.
+            # Act: environments begin a step, a reset where an episode has ended. The noise has
+            # a seed of this step: if the step is dropped, later draws are the same as ever.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if not envs.all_ended:
@@ -982,6 +984,8 @@ def main(args):
                 break  # the step in flight is dropped: nothing of it was stored
 
             # Report what became due since the last report; save before an evaluation can fail.
+            if due(args.log_every) and last_report < args.log_every:  # for the first time
+                envs.warn_if_endless()
             if due(args.checkpoint_every):
                 save()
             if due(args.eval_every) and (updates or finished):
@@ -995,8 +999,6 @@ def main(args):
                 if finished:
                     logger.bar.close()
                     runtime.print_evaluation(run, returns, cut)
-            if due(args.log_every) and frames < 2 * args.log_every:
-                envs.warn_if_endless()
             if due(args.log_every) and updates:
                 logger.log(metrics.read() | {"replay/rows": len(replay)}, frames, updates)
             if args.video_every and due(args.video_every) and learning and "image" in shapes:

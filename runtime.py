@@ -52,8 +52,8 @@ Share = typing.Annotated[float, 0, 1]
 Weight = typing.Annotated[float, 0, 2**31 - 1]
 Rate = typing.Annotated[float, 1e-30, 2**31 - 1]
 
-# Flags that may change when a run goes on or is evaluated: they change nothing that is learned.
-# --eval-envs is not among them: with 0, every evaluation cuts the training's episodes.
+# Flags that may change when a run goes on or is evaluated. They change nothing that is learned,
+# but for --eval-every with --eval-envs 0, where each evaluation cuts the training's episodes.
 MAY_CHANGE = {
     "resume", "evaluate", "total_frames", "log_every", "eval_every", "eval_episodes",
     "video_every", "checkpoint_every", "capture_video", "track", "wandb_project_name",
@@ -421,17 +421,17 @@ def parse_args(cls, presets, choose_preset, argv=None):
     named = [flag for flag in argv if flag.startswith(("--resume", "--evaluate"))]
     if len(named) > 1 or (named and not run):
         raise UserError("--resume and --evaluate take a run folder, and do not go together")
+    names_id = any(flag.startswith(("--env-id", "--env_id")) for flag in argv)
     begins = given.resume and is_free(run)
-    if begins and not any(flag.startswith(("--env-id", "--env_id")) for flag in argv):
+    if begins and not names_id:
         raise UserError(f"there is no run in {run}; add --env-id to begin one there")
 
     exists = run and not begins
     if exists:
         default = read_args(cls, run)
         # A module that the folder names is imported only if the user names it too.
-        same_id = given.env_id == default["env_id"]
-        elsewhere = given.evaluate and given.env_id != cls.env_id  # another id is played
-        if ":" in default["env_id"] and not same_id and not elsewhere:
+        plays_another = given.evaluate and names_id
+        if ":" in default["env_id"] and given.env_id != default["env_id"] and not plays_another:
             raise UserError(f"add --env-id {default['env_id']} if {run} may import that module")
     else:
         default = {"env_id": given.env_id, **presets[choose_preset(given)]}

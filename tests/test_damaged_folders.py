@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import (
-    ONE_SCRIPT, SCRIPTS, TINY, UNCLOSED, counters, kept_process, metrics, play, run, the_error,
+    ONE_SCRIPT, SCRIPTS, TINY, UNCLOSED, counters, kept_process, metrics, module_of, play, run,
+    the_error,
 )  # fmt: skip
 
 TINY = f"{TINY} --imag-horizon 3 --train-every 50"
@@ -58,6 +59,9 @@ def test_a_module_that_a_run_folder_names_is_imported_only_if_the_user_names_it_
         assert "error: add --env-id evil:CartPole-v1 if" in capsys.readouterr().err
         assert "evil" not in sys.modules
         assert not Path("pwned").exists()
+    assert run(script, f"--evaluate {folder} --env-id {module_of(script).Args.env_id}") == 2
+    assert "add --env-id" not in capsys.readouterr().err  # another id is played, and does not fit
+    assert not Path("pwned").exists()
     play(script, f"--evaluate {folder} --env-id evil:CartPole-v1")
     assert Path("pwned").exists()
     del sys.modules["evil"]

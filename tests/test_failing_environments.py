@@ -73,7 +73,7 @@ def test_a_process_that_dies_is_named(failing, moment, index):
     envs = failing(f"{moment}-die-v0", index, 2, parallel=True)
     text = play_until_it_fails(envs)
     which = f"environment {index} of helpers.failing:{moment}-die-v0 (seed 5, episode 2)"
-    assert text == f"{which} failed: ChildProcessError: its process died"
+    assert text == f"{which} failed: its process died"
     began = time.monotonic()
     envs.close()  # does not wait for an answer of the dead
     assert time.monotonic() - began < 5

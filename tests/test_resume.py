@@ -141,7 +141,7 @@ def test_a_run_remembers_how_far_it_was_told_to_go(script, place):
     assert len([row for row in rows if row["frames"] > 210 and "losses/kl" in row]) == 9
 
 
-def test_there_is_a_checkpoint_before_the_first_update_and_before_each_evaluation(
+def test_there_is_a_checkpoint_from_the_first_moment_on_and_one_that_is_due_precedes_an_evaluation(
     script, place, monkeypatch
 ):
     seen = {"update": [], "evaluate": []}
@@ -158,9 +158,9 @@ def test_there_is_a_checkpoint_before_the_first_update_and_before_each_evaluatio
     spy(common, "evaluate")
     spy(module_of(script), "update")
     flags = f"{TINY} --env-id {register(Basic)} --prefill 40 --total-frames 80"
-    play(script, f"{flags} --checkpoint-every 20 --eval-every 20")
-    assert seen["update"][0] == {"step": 40, "updates": 0, "last_report": 39}
-    assert [saved["step"] for saved in seen["evaluate"]] == [40, 60, 80]
+    play(script, f"{flags} --checkpoint-every 60 --eval-every 20")
+    assert seen["update"][0] == {"step": 0, "updates": 0, "last_report": 0}
+    assert [saved["step"] for saved in seen["evaluate"]] == [0, 60, 80]
 
 
 # Kills

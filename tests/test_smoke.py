@@ -5,10 +5,10 @@ import shutil
 import pytest
 import smoke
 from helpers.processes import ROOT
-from helpers.runs import ONE_SCRIPT
 
 
-@ONE_SCRIPT
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
 def test_a_script_that_learns_passes(script, capfd):
     assert smoke.main([str(ROOT / script)]) == 0
     assert f"{script} learned: the best is " in capfd.readouterr().out

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 import common
 import runtime
 
-SHORT = f"{TINY} --prefill 40 --total-frames 80 --train-every 20"
+SHORT = f"{TINY} --prefill 40 --total-frames 80 --train-every 20 --log-every 40"
 
 V3 = TINY.replace("--pretrain 2 --prefill 200", "--classes 4 --blocks 2")
 SHORT_V3 = f"{V3} --total-frames 80 --train-ratio 1 --log-every 40"
@@ -48,6 +48,7 @@ def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, mo
 ], ids=["dreamerv2", "dreamerv3"])  # fmt: skip
 @pytest.mark.parametrize(("cls", "options", "flags", "warned"), [
     (Endless, {}, "", True), (Endless, {"max_episode_steps": 500}, "", False),
+    (Endless, {}, "--eval-envs 0 --eval-every 40", True),
     (Endless, {}, "--time-limit 500", False), (Basic, {}, "", False), (Forty, {}, "", False),
 ])  # fmt: skip
 def test_an_environment_that_may_never_end_is_warned_of(

@@ -22,7 +22,7 @@ def make_env(env_id, seed=1, index=0, render=False, **options):
 
 
 def make_envs(
-    num_envs, env_id, seed=1, parallel=False, first_index=None, episodes=None, render=False,
+    num_envs, env_id, seed=1, parallel=False, first_index=0, episodes=None, render=False,
     **options,
 ):  # fmt: skip
     """Environments that go on after so many episodes of each."""
