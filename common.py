@@ -272,12 +272,12 @@ class DreamerSpaces(gym.Wrapper):
         self.steps += 1
         with self.name_failures():
             obs, reward, terminated, truncated, _ = self.env.step(self.to_action(action))
-            reward = np.asarray(reward, np.float64)
+            number = np.asarray(reward, np.float64)
             # NaN is no number within the bounds of float32, in which a row has the reward.
-            if reward.size != 1 or not np.abs(reward) <= np.finfo(np.float32).max:
+            if number.size != 1 or not np.abs(number) <= np.finfo(np.float32).max:
                 raise ValueError(f"the reward is {reward}")
             truncated = truncated or self.steps >= self.limit
-            return self.observe(obs), reward.item(), bool(terminated), bool(truncated), {}
+            return self.observe(obs), number.item(), bool(terminated), bool(truncated), {}
 
     def to_action(self, action):
         """One-hot (A,) or in [-1, 1] (A,) -> an action that lies in the environment's space."""

@@ -474,7 +474,8 @@ def read_args(cls, run):
     with explain(refusal, Exception):
         args = yaml.safe_load(path.read_text())
     if isinstance(args, dict) and "exp_name" in args:
-        refusal += f" but of {args['exp_name']}"
+        own = args["exp_name"] == cls.exp_name
+        refusal += " as it is now" if own else f" but of {args['exp_name']}"
     with explain(refusal, Exception):
         for name, hint in typing.get_type_hints(cls).items():
             if typing.get_origin(hint) is tuple and isinstance(args[name], list):
@@ -701,6 +702,11 @@ def replace_checkpoint(run, state):
     new = run / "checkpoint.new.pt"
     data = io.BytesIO()  # into a file torch.save would hide a full disk behind another error
     torch.save(state, data)
+    data.seek(0)
+    # To load runs no code. So these types could not be read, and what was learned would be lost.
+    unreadable = torch.serialization.get_unsafe_globals_in_checkpoint(data)
+    if unreadable:
+        raise TypeError(f"a checkpoint holds tensors and Python's own types, no {unreadable[-1]}")
     new.write_bytes(data.getbuffer())
     with open(new, "rb") as file:
         os.fsync(file.fileno())

@@ -243,7 +243,7 @@ def main(argv=None):
         return 0
     try:
         told = yaml.safe_load((args.run / "args.yaml").read_text())
-        script = args.like or told["exp_name"]
+        script = Path(args.like or told["exp_name"]).stem
         said, compared = outside(script, told, runtime.read_log(args.run))
     except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

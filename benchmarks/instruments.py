@@ -90,7 +90,13 @@ def load_run(folder, script=None, env_id=None, cuda=True):
         name = yaml.safe_load((folder / "args.yaml").read_text())["exp_name"]
     if script is None and not re.fullmatch(r"dreamerv[123]", str(name)):
         raise runtime.UserError(f"{folder} is of {name}, no script of ours: give --script")
-    module = load_script(script or ROOT / f"{name}.py")
+    script = Path(script or ROOT / f"{name}.py")
+    for ours in ("common.py", "runtime.py"):
+        beside = script.with_name(ours)
+        if beside.exists() and beside.read_bytes() != (ROOT / ours).read_bytes():
+            hint = f"copy {Path(__file__).parent} beside it and start that copy"
+            raise UserError(f"{beside} is not what would be imported here: {hint}")
+    module = load_script(script)
     argv = ["--evaluate", str(folder)]
     if env_id:
         argv += ["--env-id", env_id]

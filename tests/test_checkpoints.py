@@ -7,6 +7,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import contents
@@ -194,6 +195,15 @@ def test_a_state_that_cannot_be_serialised_leaves_the_folder_as_it_was(tmp_path,
     with pytest.raises(RuntimeError, match="broken"):
         saved(tmp_path, 3)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("state", [np.float64(0.5), np.ones(3), {np.int64(3): 1}, Path("x")])
+def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path, state):
+    before = contents(saved(tmp_path, 1, 2))
+    with pytest.raises(TypeError, match="a checkpoint holds tensors and Python's own types, no "):
+        runtime.save_checkpoint(tmp_path, {"part": Part(3)}, {"step": 3, "mine": state})
+    assert contents(tmp_path) == before
+    assert loaded(tmp_path) == 2
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_a_changed_copy_is_compared_with_the_script_that_it_is_like(pinned, caps
     assert health.main([str(run)]) == 2
     hint = "--like SCRIPT compares a copy of SCRIPT"
     assert capsys.readouterr().err == f"error: no run of mine is pinned; {hint}\n"
-    assert health.main([str(run), "--like", "dreamerv2"]) == 1
+    assert health.main([str(run), "--like", "dreamerv2.py"]) == 1
     compared, said = capsys.readouterr().out.splitlines()
     assert compared == "compared with 3 good runs of dreamerv2-CartPole-v1, after 1,000 updates"
     assert said.startswith("losses/kl is 9 after 1,000 updates")

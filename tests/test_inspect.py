@@ -436,7 +436,10 @@ def test_an_episode_is_filmed_with_its_return_on_it(folder, capsys):
 
 
 def test_what_cannot_be_inspected_is_said_in_one_line(folder, tmp_path):
+    (tmp_path / "common.py").write_text("SIZE = 96\n")
+    another = f"{tmp_path / 'common.py'} is not what would be imported here"
     for flags, text in (
+        ([folder, "--script", tmp_path / "mine.py"], another),
         ([tmp_path], f"{tmp_path} is no run folder"),
         ([folder, "--dream"], "--dream needs an agent that learns from images"),
         ([folder, "--episodes", "0"], "--episodes is 0"),
