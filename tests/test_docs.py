@@ -623,9 +623,9 @@ def test_a_policy_is_learned_from_random_and_mixed_steps(tmp_path, monkeypatch, 
     assert len([line for line in FROM_DATA.splitlines() if line]) <= 40
     monkeypatch.chdir(tmp_path)
     assert mixed_steps(4000, seed=1) < 150  # the mean length of an episode
-    program(FROM_DATA.replace("range(3000)", "range(2000)"), Path("dreamerv2"))
+    program(FROM_DATA.replace("range(3000)", "range(1000)"), Path("dreamerv2"))
     returns = [float(line) for line in capsys.readouterr().out.split()]
-    assert len(returns) == 4
+    assert len(returns) == 2
     assert max(returns) >= 200, returns
 
 
