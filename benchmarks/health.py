@@ -63,12 +63,12 @@ MEANING = {
         "dreams end early: see losses/discount", "dreams do not end: see losses/discount"
     ),
     "value - return": (
-        "the critic lags behind: raise --critic-lr",
-        "the critic promises too much: lower --critic-lr",
+        "the critic lags behind: raise --critic-lr, in V3 --lr",
+        "the critic promises too much: lower --critic-lr, in V3 --lr",
     ),
     "slow - value": (
-        "the slow critic lags behind: lower --slow-update",
-        "the slow critic lags behind while values fall: lower --slow-update",
+        "the slow critic lags behind: lower --slow-update, in V3 raise --slow-rate",
+        "it lags behind while values fall: lower --slow-update, in V3 raise --slow-rate",
     ),
     "grad_norm/model": ("", "rare large losses: lower --model-lr or --clip"),
     "grad_norm/actor": ("the actor is not driven: see imag/actor_entropy", "lower --actor-lr"),
