@@ -185,7 +185,7 @@ def test_the_tables_of_the_page_are_those_of_the_pinned_runs():
     assert "### dreamerv2-CartPole-v1" in page
 
 
-def test_a_good_run_leaves_the_range_of_the_others_in_one_metric_of_fifty_at_most():
+def test_a_good_run_leaves_the_range_of_the_others_in_one_metric_of_forty_at_most():
     for script in ("dreamerv1", "dreamerv2", "dreamerv3"):
         for name, seeds in health.good_runs(script).items():
             card = yaml.safe_load((records.CURVES / f"{name}.yaml").read_text())
@@ -200,4 +200,4 @@ def test_a_good_run_leaves_the_range_of_the_others_in_one_metric_of_fifty_at_mos
                     said += len(lines)
                     metrics += sum(map(len, reached.values()))
                 assert metrics > 30 * len(seeds)
-                assert said <= metrics / 50, name
+                assert said <= metrics / 40, name
