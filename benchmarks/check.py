@@ -264,8 +264,8 @@ def check_new(paths, pinned, alpha):
         try:
             if not old.exists():
                 raise ValueError(f"there is no pinned curve {old}, compare it with --against")
-            old_curves = records.curves_of_file(old)
-            new_curves = records.curves_of_file(file)
+            old_curves = records.find_curves([old])
+            new_curves = records.find_curves([file])
             refuse_other_settings([*old_curves, *new_curves])
             old_rows = [curve.rows for curve in old_curves]
             new_rows = [curve.rows for curve in new_curves]

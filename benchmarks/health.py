@@ -121,7 +121,7 @@ def good_runs(script, metrics=METRICS, curves=records.CURVES):
     found = {}
     for name, task in records.tasks().items():
         path = Path(metrics) / f"{name}.csv"
-        if task["script"] == script and path.exists():
+        if Path(task["script"]).name == script and path.exists():
             logs = records.read_metrics(path)
             found[name] = {seed: stages(logs[seed]) for seed in good_seeds(name, curves)}
     return found
@@ -246,7 +246,8 @@ def main(argv=None):
         script = Path(args.like or told["exp_name"]).stem
         said, compared = outside(script, told, runtime.read_log(args.run))
     except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = f"no {error} in its args.yaml" if isinstance(error, KeyError) else str(error)
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         return 2
     print(f"compared with {compared}")
     print(*(said or ["no metric leaves the range of good runs"]), sep="\n")

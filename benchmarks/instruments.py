@@ -68,14 +68,17 @@ class Run:
 
 
 def load_script(path):
-    """Imports a script from its file, once under its name."""
+    """Imports a script from its file, once under its name; UserError if it is not of our kind."""
     path = Path(path).resolve()
     known = sys.modules.get(path.stem)
     if known is not None and Path(getattr(known, "__file__", "")).resolve() == path:
         return known
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with runtime.explain(f"{path} cannot be imported", Exception):
+        spec.loader.exec_module(module)
+    if not hasattr(module, "Args") or not hasattr(module, "PRESETS"):
+        raise UserError(f"{path} has no Args and PRESETS, as a copy of dreamerv2.py does")
     return module
 
 

@@ -128,7 +128,8 @@ def kill_often(script, flags, kills, cwd, seed=0, steps=(200, 2000)):
             process = start(kill + 1, flags)
         else:
             process = start(kill + 1, ["--resume", str(folders[0].relative_to(cwd))])
-    assert process.wait() == 0, process.returncode
+    if code := process.wait():
+        sys.exit(f"error: the run ended with exit code {code}")
     [folder] = Path(cwd).glob("runs/*")
     check(folder, known)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

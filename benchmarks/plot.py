@@ -324,10 +324,16 @@ def main(argv=None):
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
-    tasks = list(pinned(args.curves))
+    ours = args.curves.resolve() == records.CURVES
+    if not ours and (args.tables or args.out is None):
+        parser.error("curves that are not pinned need --out FOLDER, and have no tables")
+    try:
+        tasks = list(pinned(args.curves))
+    except (KeyError, ValueError, OSError, yaml.YAMLError) as error:
+        sys.exit(f"error: {args.curves} cannot be read, {' '.join(str(error).split())}")
     if not tasks:
         sys.exit(f"error: there is no curve of a task in {args.curves}")
-    if args.curves == records.CURVES:
+    if ours:
         write_tables(tasks)
     if not args.tables:
         write_plots(tasks, args.out or records.ROOT / "benchmarks" / "plots")

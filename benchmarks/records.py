@@ -126,6 +126,7 @@ def find_curves(paths):
             runs = [args.parent for args in sorted(path.glob("seed-*/*/args.yaml"))]
         if not files and not runs:
             raise ValueError(f"{path} is no run folder, no CSV file, and no folder with either")
+        known = len(curves)
         try:
             for file in files:
                 curves += curves_of_file(file)
@@ -133,9 +134,11 @@ def find_curves(paths):
                 args, rows = read_run(run)
                 seed = args["seed"]
                 curves.append(Curve(run, label_of_run(run, seed), seed, rows, args))
-        except (KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
+        except (KeyError, TypeError, ValueError, OSError, csv.Error, yaml.YAMLError) as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{path} cannot be read, {text}") from None
+        if len(curves) == known:
+            raise ValueError(f"{path} has no finished episode yet")
     for curve in curves:
         if not curve.rows:
             raise ValueError(f"{curve.source} has no finished episode yet")

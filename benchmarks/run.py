@@ -67,10 +67,14 @@ class Job:
         return (self.folder / "finished").exists()
 
     def check(self):
-        """Ends with one line if the folder holds a run of another script or with other flags."""
-        path = self.folder / "flags"
-        if path.exists() and path.read_text() != self.what():
-            sys.exit(f"error: {self.folder} ran {path.read_text()}, choose another --out")
+        """Ends with one line if a seed of the task ran another script or had other flags.
+
+        A card holds the hyperparameters of all of its seeds.
+        """
+        own = self.what().rpartition(" --seed ")[0]
+        for path in sorted(self.folder.parent.glob("seed-*/flags")):
+            if path.read_text().rpartition(" --seed ")[0] != own:
+                sys.exit(f"error: {path.parent} ran {path.read_text()}, choose another --out")
         copy = self.folder / self.script.name
         changed = copy.exists() and copy.read_bytes() != self.script.read_bytes()
         if changed and self.script not in OWN:
@@ -249,6 +253,10 @@ def main(argv=None):
     args.flags = argv[len(mine) + 1 :]
     args.out = args.out.resolve()
     args.curves = records.CURVES if args.pin else args.out / "curves"
+    if len(set(args.seeds)) < len(args.seeds):
+        sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))} has one twice")
+    if wrong := [option for option in args.cluster_options if "=" not in option]:
+        sys.exit(f"error: --cluster-options {wrong[0]} is not KEY=VALUE")
     if args.jobs < 1:
         sys.exit(f"error: --jobs is {args.jobs}, it must be at least 1")
 
@@ -264,7 +272,10 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if job.finished() and (args.pin or not job.recorded()):
-            job.record()  # --pin puts it in place of an earlier run of its seed
+            try:
+                job.record()  # --pin puts it in place of an earlier run of its seed
+            except ValueError as error:
+                sys.exit(f"error: {error}")
     codes = run_on_cluster(todo, args) if args.cluster else run_here(todo, args.jobs)
     failed = [(job, code) for job, code in zip(todo, codes, strict=True) if code != 0]
     for job, code in failed:

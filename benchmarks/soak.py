@@ -39,9 +39,13 @@ def measure(pid):
     return anonymous, files
 
 
-def soak(script, flags, minutes, settle=5.0, window=2.0, cwd=None):
+SETTLE = 5.0  # minutes after which memory is first measured
+WINDOW = 2.0  # minutes of which a median is taken, then and at the end
+
+
+def soak(script, flags, minutes):
     """Runs and stops it -> a report as a dict."""
-    cwd = cwd or tempfile.mkdtemp(prefix="soak_")
+    cwd = tempfile.mkdtemp(prefix="soak_")
     samples = []
     began = time.monotonic()
     with open(Path(cwd) / "soak.log", "w") as log:
@@ -57,8 +61,8 @@ def soak(script, flags, minutes, settle=5.0, window=2.0, cwd=None):
                 continue  # a child ended in between, as the probe for OpenGL does
         process.send_signal(signal.SIGTERM)
         process.wait()
-    first = [s for s in samples if settle <= s[0] < settle + window]
-    last = [s for s in samples if s[0] >= minutes - window]
+    first = [s for s in samples if SETTLE <= s[0] < SETTLE + WINDOW]
+    last = [s for s in samples if s[0] >= minutes - WINDOW]
     memory = [statistics.median(s[1] for s in part) for part in (first, last)]
     [folder] = Path(cwd).glob("runs/*")
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -81,6 +85,8 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args()
+    if args.minutes < SETTLE + 2 * WINDOW:
+        parser.error(f"--minutes is {args.minutes}, it must be at least {SETTLE + 2 * WINDOW:.0f}")
     report = soak(args.script, args.flags, args.minutes)
     print(json.dumps(report, indent=2))
     grew = report["growth %"] >= 2 or report["open files"][1] > report["open files"][0]

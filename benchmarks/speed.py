@@ -287,7 +287,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise ChildProcessError(f"a process ended: {self.process.args}")
+        raise ChildProcessError("the process of a workload ended, as said above")
 
     def ask(self, what, times=1):
         print(what, times, file=self.process.stdin, flush=True)
@@ -394,9 +394,13 @@ def main(args):
     about = machine() | {"threads": 1 if args.run else args.threads, "mode": args.mode}
     print(json.dumps(about))
     if args.run:
+        import records
         import speed_run
 
-        script = ROOT / args.run
+        try:
+            script = records.find_script(args.run)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         peer_python = args.peer and args.peer_python
         reports = speed_run.measure(script, args.seeds, args.precision, peer_python)
         if args.json:
@@ -431,6 +435,7 @@ GPU_MODES = [
     ("compile", "bfloat16"),
 ]  # fmt: skip
 PARTS = ["model", "model forward", "sample", "sample and update", "environment"]
+POLICIES = ["policy 8", "policy 16"]  # with so many environments
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -440,7 +445,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--parts", nargs="*", help="further things to time, of the update and else")
+    parser.add_argument("--parts", nargs="*", choices=[*PARTS, *POLICIES], help="what else to time")
     parser.add_argument("--scaling", choices=WORKLOADS, help="a workload to enlarge")
     parser.add_argument("--run", nargs="?", const="dreamerv2.py", help="time runs of a script")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of --run")
@@ -451,7 +456,7 @@ if __name__ == "__main__":
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.parts is None:
-        args.parts = [] if args.scaling else PARTS + ["policy 8", "policy 16"] * args.gpu
+        args.parts = [] if args.scaling else PARTS + POLICIES * args.gpu
     if args.worker:
         work_on(json.loads(args.worker))
     else:

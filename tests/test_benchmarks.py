@@ -23,6 +23,7 @@ import run
 import scipy.stats
 import torch
 import yaml
+from helpers.processes import wait_until
 
 import common
 import dreamerv2
@@ -368,7 +369,8 @@ def test_the_tables_of_results_are_those_of_the_curves():
     assert (ROOT / "benchmarks" / "README.md").read_text() == plot.report(tasks)
 
 
-def test_every_plot_that_is_shown_is_drawn_and_committed(tmp_path):
+def test_every_plot_that_is_shown_is_drawn_and_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "save", lambda figure, path: path.touch())  # another test draws
     tasks = list(plot.pinned(records.CURVES))
     plot.main(["--out", str(tmp_path), "--curves", str(records.CURVES)])
     drawn = {path.name for path in tmp_path.iterdir()}
@@ -582,6 +584,10 @@ def test_the_scripts_of_the_repository_may_change_between_the_runs_of_a_grid(tmp
     scripts = {ROOT / f"{task['script']}.py" for task in records.tasks().values()}
     assert scripts <= set(run.OWN)
     assert all(path.is_file() for path in run.OWN)
+    job = job_of(tmp_path, ["true"])
+    job.folder.mkdir(parents=True)
+    (job.folder / job.script.name).write_text("# another version\n")
+    job.check()  # of our own scripts no other --out is asked for
 
 
 def test_a_script_is_looked_for_where_the_command_was_typed_and_then_here(mine):
@@ -651,7 +657,13 @@ def job_of(tmp_path, command):
 def test_a_job_that_submitit_stops_from_a_signal_handler_is_queued_again(tmp_path):
     job, again = job_of(tmp_path, ["sleep", "60"]), []
     handler = signal.signal(signal.SIGUSR2, lambda *_: again.append(job.checkpoint()))
-    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+
+    def interrupt():
+        wait_until(lambda: job.process)
+        time.sleep(0.1)  # until it is waited for
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    threading.Thread(target=interrupt).start()
     began = time.monotonic()
     try:
         assert job() != 0

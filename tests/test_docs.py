@@ -54,7 +54,7 @@ SMALL_V2 = [*SMALL, "--classes", "4"]
 GONE = {"--prefill", "--train-every", "--pretrain"}  # flags that V3 has not
 SMALL_V3 = [
     *(word for i, word in enumerate(SMALL) if not GONE & {word, *SMALL[max(i - 1, 0) : i]}),
-    *("--classes", "4", "--blocks", "2", "--train-ratio", "1"),
+    *("--classes", "4", "--blocks", "2", "--train-ratio", "1", "--num-envs", "1"),
 ]
 
 
@@ -744,10 +744,11 @@ ELSEWHERE = {
     "benchmarks.recipes:Crafter-v0": "pip install crafter",
     "benchmarks/kill_often.py": "minutes; tests/test_resume.py does the same",
     "benchmarks/soak.py": "half an hour",
+    "benchmarks/smoke.py": "a minute; tests/test_smoke.py does the same",
     "--reward-shift": "a changed copy, which the test of the diff runs with these flags",
     "--help": "it ends before there is a run",
 }
-SLOW = ("torchrun", "walker-walk")
+SLOW = ("torchrun", "walker-walk", "humanoid-walk")
 COMMANDS = [
     pytest.param(
         words,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.agents import (
     A, B, C, D, K, N, S, T, close, copied, make, make_batch, make_optimizers, observe,
-    one_update, random_state, row_of, update,
+    one_update, random_state, update,
 )  # fmt: skip
 from torch import nn
 
@@ -315,15 +315,6 @@ def test_a_resumed_optimizer_keeps_its_count_where_the_weights_are():
 
 
 # Acting and schedule
-
-
-def test_actions_are_sampled_or_the_mode(no_noise):
-    x = v3(discrete=False)
-    row = row_of(make_batch(), 1)
-    state = x.rssm.initial(B)
-    mode, _ = dreamerv3.policy(x.agent, row, state, sample=False)
-    sampled, _ = dreamerv3.policy(x.agent, row, state)
-    assert torch.equal(mode, sampled)  # without noise
 
 
 @pytest.mark.parametrize(("num_envs", "batch", "length"), [(1, 8, 32), (16, 16, 64), (3, 8, 5)])

@@ -2,14 +2,13 @@
 
 import contextlib
 import copy
+import gc
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import agents
 from helpers.agents import SHAPES, TWINS, A, B, T, V
 from helpers.processes import start
+from helpers.runs import UNCLOSED, the_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -393,26 +393,23 @@ def test_a_run_has_the_same_numbers_recorded_or_not_or_if_that_fails(
         assert len(lines) == (3 if fails else 0)  # of acting, acting greedily and learning
 
 
-def lose_the_gpu(script, folder):
-    """A run whose recording fails so that nothing works on the GPU afterwards, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        FakeStreams().put_in_place(patch)
+@UNCLOSED
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("script", TWINS)
+def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_without(
+    script, monkeypatch, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(RecordedAnywhere, "fails", "inside")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:  # noqa: PT012
         patch.setattr(torch.cuda, "synchronize", lost)
         patch.setattr(runtime, "Captured", RecordedAnywhere)
-        patch.setattr(RecordedAnywhere, "fails", "inside")
         with runtime.exit_on_error():
-            run_here(script, "--checkpoint-every 10", Path(folder))
-
-
-@pytest.mark.parametrize("script", TWINS)
-def test_a_run_that_loses_its_gpu_while_recording_ends_with_1_and_goes_on_without(script, tmp_path):
-    folder = tmp_path / "run"
-    code = f"from test_equal_results import lose_the_gpu; lose_the_gpu({script!r}, {str(folder)!r})"
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+            run_here(script, "--checkpoint-every 10", folder)
+    assert stop.value.code == 1
+    del stop  # and with it the run, whose files a process that ends would close
+    gc.collect()
+    line = the_error(capsys.readouterr().err)
     assert line.startswith("error: CUDA cannot be used after a failed recording: --resume with")
     counters = torch.load(folder / "checkpoint.pt", weights_only=True)["counters"]
     assert counters["step"] >= 40

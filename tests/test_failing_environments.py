@@ -15,7 +15,7 @@ from helpers.envs import make_envs, reset_rows, step
 from gymnasium.spaces import Dict
 from helpers.failing import FAILS_AT, STEPS, let_fail
 from helpers.processes import ROOT, finish, start
-from helpers.runs import SCRIPTS, TINY, UNCLOSED, checkpoint, metrics, play, the_error, the_run
+from helpers.runs import TINY, UNCLOSED, checkpoint, metrics, play, the_error, the_run
 from helpers.users import BOX, Basic, register
 
 SHORT = f"{TINY} --train-every 20 --prefill 40 --total-frames 80"
@@ -137,37 +137,51 @@ if __name__ == "__main__":
 
 
 # A run
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(("script", "how", "envs"), [
-    ("dreamerv2.py", "raise", ""), pytest.param("dreamerv1.py", "raise", "", marks=SLOW),
-    *(pytest.param(script, how, "--num-envs 2 --async-envs", marks=SLOW)
-      for script in SCRIPTS for how in ("raise", "die")),
-])  # fmt: skip
-def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, how, envs, tmp_path):
+def check_broken_off(folder, script, how, envs, out, err, go_on):
+    """A run of which an environment failed in episode 4 says which, is saved, and goes on."""
     env_id = f"helpers.failing:step-{how}-v0"
-    flags = f"{TINY} --train-every 50 --prefill 50 --total-frames 400 --eval-every 0"
-    let_fail(tmp_path, 1, [0, 1], episode=4)
-    process = start(script, f"{flags} --env-id {env_id} {envs}", tmp_path)
-    done = finish(process, 1, timeout=100)  # seconds; it does not wait for the environment
-    line = the_error(done.err)
+    line = the_error(err)
     which = rf"environment [01] of (helpers.failing:)?step-{how}-v0 \(seed 1, episode 4\) failed: "
     assert re.search(which, line)
     assert ("first second" if how == "raise" else "its process died") in line
-    [resume] = [line for line in done.out.splitlines() if "--resume" in line]
-    folder = the_run(tmp_path)
-    where = f"--resume {folder.relative_to(tmp_path)} --env-id {env_id}"
-    assert resume.endswith(f"{script} {where}")
+    [resume] = [line for line in out.splitlines() if "--resume" in line]
+    where = f"--resume runs/{folder.name} --env-id {env_id}"
+    assert resume.endswith(where)
     saved = checkpoint(folder)
     assert saved["counters"]["step"] == (4 * STEPS + FAILS_AT - 1) * (2 if envs else 1)
-    finish(start(script, where, tmp_path))
+    go_on(where)
     assert metrics(folder)[-1]["frames"] == 400
     terminal, first = (np.load(folder / "replay" / f"is_{k}.npy") for k in ("terminal", "first"))
     broke_off = saved["replay"]["end"]
     assert broke_off == 4 * (STEPS + 1) + FAILS_AT
     assert (terminal[:broke_off].sum(0) == 4).all()  # it was truncated
     assert first[broke_off].all()
+
+
+LONGER = f"{TINY} --train-every 50 --prefill 50 --total-frames 400 --eval-every 0"
+
+
+def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, place, capsys):
+    let_fail(place, 1, [0], episode=4)
+    folder = play(script, f"{LONGER} --env-id helpers.failing:step-raise-v0", 1)
+    out, err = capsys.readouterr()
+    check_broken_off(folder, script, "raise", "", out, err, lambda flags: play(script, flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "die"])
+def test_an_environment_in_a_process_that_fails_is_named_and_nothing_else_is_lost(
+    script, how, tmp_path
+):
+    let_fail(tmp_path, 1, [0, 1], episode=4)
+    envs = "--num-envs 2 --async-envs"
+    process = start(script, f"{LONGER} --env-id helpers.failing:step-{how}-v0 {envs}", tmp_path)
+    done = finish(process, 1, timeout=100)  # seconds; it does not wait for the environment
+
+    def go_on(flags):
+        finish(start(script, flags, tmp_path))
+
+    check_broken_off(the_run(tmp_path), script, how, envs, done.out, done.err, go_on)
 
 
 def fails(cls, place, capsys):

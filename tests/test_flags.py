@@ -78,7 +78,7 @@ def refuse_flags(script, *flags):
 def test_choose_preset_goes_by_the_id_unless_one_is_named(env_id, observation, preset):
     args = SimpleNamespace(env_id=env_id, observation=observation, preset="auto")
     assert common.choose_preset(args) == preset
-    for args.preset in ("atari", "dmc_pixels", "dmc_vector", "other"):
+    for args.preset in ("atari", "dmc_pixels", "dmc_vector", "other", "crafter"):
         assert common.choose_preset(args) == args.preset
 
 
@@ -125,29 +125,34 @@ def test_help_shows_the_values_in_force(script, monkeypatch, flags, preset):
 
 
 # Numbers
-def assert_beyond(script, name, value):
-    line = the_line(refuse(script, [f"{flag_of(name)}={value}"], whole=False))
+def beyond(script, name):
+    """Numbers that are none of the argument's."""
     least, most = bounds(script, name)
-    assert line == f"{flag_of(name)} is {value}, it must be from {least} to {most}"
+    if name in names_of(script, int):
+        return least - 1, most + 1
+    least, most = float(least), float(most)
+    return math.nextafter(least, -1), math.nextafter(most, math.inf), math.nan, math.inf
 
 
 def test_every_number_has_bounds_and_is_a_number(script):
     assert not {name for name, hint in hints(script).items() if hint in (int, float)}
-    for name in names_of(script, int):
+    args = parse(script, "--env-id CartPole-v1")
+    for name in names_of(script, int, float):
         least, most = bounds(script, name)
-        assert_beyond(script, name, least - 1)
-        assert_beyond(script, name, most + 1)
-    for name in names_of(script, float):
-        least, most = map(float, bounds(script, name))
-        for value in (math.nextafter(least, -1), math.nextafter(most, math.inf), math.nan):
-            assert_beyond(script, name, value)
-        assert_beyond(script, name, math.inf)
+        for value in beyond(script, name):
+            said = f"{flag_of(name)} is {value}, it must be from {least} to {most}"
+            with pytest.raises(runtime.UserError, match=f"^{re.escape(said)}$"):
+                runtime.check_bounds(dataclasses.replace(args, **{name: value}))
+    line = the_line(refuse(script, [f"{flag_of(name)}={value}"], whole=False))
+    assert line == said  # as the command line has it
 
 
 def test_numbers_at_their_bounds_are_taken(script):
-    for name in names_of(script, int, float):
-        for value in bounds(script, name):
-            assert getattr(parse(script, [f"{flag_of(name)}={value}"]), name) == value
+    names = names_of(script, int, float)
+    for end in (0, 1):
+        values = {name: bounds(script, name)[end] for name in names}
+        args = vars(parse(script, [f"{flag_of(name)}={value}" for name, value in values.items()]))
+        assert {name: args[name] for name in names} == values
 
 
 SHARES = [

@@ -272,9 +272,12 @@ def test_mixed_categoricals_equal_the_authors():
 
 
 def test_gaussians_equal_the_authors():
-    mean = torch.tanh(unit("normal/raw_mean"))
-    std = 0.9 * torch.sigmoid(unit("normal/raw_std") + 2) + 0.1
-    dist = td.Independent(td.Normal(mean, std), 1)
+    raw_mean, raw_std = unit("normal/raw_mean"), unit("normal/raw_std")
+    args = dreamerv3.Args(units=3, layers=1, actor_dist="normal")
+    actor = dreamerv3.Actor(4, raw_mean.shape[-1], args)
+    actor.out.forward = lambda x: raw_mean
+    actor.std.forward = lambda x: raw_std
+    dist = actor(torch.zeros(*raw_mean.shape[:-1], 4))
     assert distance(dist.log_prob(unit("normal/x")), UNITS["normal/log_prob"]) < 1e-5
     assert distance(dist.entropy(), UNITS["normal/entropy"]) < 1e-5
 

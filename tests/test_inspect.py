@@ -1,6 +1,7 @@
 """The instruments that look into a run folder."""
 
-import fcntl
+import contextlib
+import functools
 import itertools
 import json
 import re
@@ -17,7 +18,9 @@ import pytest
 import torch
 from PIL import Image
 from helpers.processes import start
+from helpers.runs import play
 
+import runtime
 from runtime import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -33,17 +36,26 @@ CASES = {
 
 
 def train(script, flags, folder):
-    process = start(f"{script}.py", flags, folder)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    (run,) = folder.glob("runs/*")
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(runtime, "print_estimate", lambda *inputs: None)
+        return play(f"{script}.py", flags).absolute()
 
 
-@pytest.fixture(scope="module", params=CASES)
-def folder(request, tmp_path_factory):
-    where = tmp_path_factory.mktemp(request.param)
-    return train(request.param, f"{TINY} {CASES[request.param]}", where)
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Function of a script's name -> the folder of a run of it, the same one each time."""
+
+    @functools.cache
+    def trained(script):
+        return train(script, f"{TINY} {CASES[script]}", tmp_path_factory.mktemp(script))
+
+    return trained
+
+
+@pytest.fixture(params=CASES)
+def folder(request, run_of):
+    return run_of(request.param)
 
 
 @pytest.fixture
@@ -221,18 +233,6 @@ def test_rows_of_resets_alone_have_no_errors_and_no_optimism(run):
     assert tools.replay_optimism(run, batch) is None
 
 
-def test_a_script_that_was_copied_without_the_instruments_runs_without_them(tmp_path):
-    for name in ("dreamerv2.py", "common.py", "runtime.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    flags = f"{TINY} {CASES['dreamerv2']} --total-frames 200"
-    process = start("dreamerv2.py", flags, tmp_path, tmp_path)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    (run,) = tmp_path.glob("runs/*")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["updates"] > 5
-
-
 def test_windows_of_the_replay_are_rows_that_lie_in_it_one_after_another(run, folder):
     windows = tools.replayed(run, 5, 9)
     stored = {p.stem: np.load(p, mmap_mode="r") for p in (folder / "replay").glob("*.npy")}
@@ -351,22 +351,29 @@ def inspect(*flags):
     inspect_run.main([str(flag) for flag in flags])
 
 
-def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(folder):
-    lock = open(folder / "replay" / "lock", "w")  # noqa: SIM115
-    fcntl.lockf(lock, fcntl.LOCK_EX)
+@contextlib.contextmanager
+def locked(path):
+    """Another process holds the lock of a file, as one that trains does."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, path], **pipes) as process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
+def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(folder, capsys):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    command = [sys.executable, str(ROOT / "benchmarks" / "inspect_run.py"), str(folder)]
-    flags = ["--episodes", "2", "--horizon", "8"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
-    lock.close()
-    assert done.returncode == 0, done.stderr
+    with locked(folder / "replay" / "lock"):
+        inspect(folder, "--episodes", 2, "--horizon", 8)
+    said = capsys.readouterr().out
     assert {p: p.read_bytes() for p in before} == before
     page = (folder / "report.html").read_text()
     told = json.loads((folder / "report.json").read_text())
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
     assert page.count("data:image/png;base64,") >= 6
     for sentence in told["verdict"]:
-        assert sentence in done.stdout
+        assert sentence in said
         assert sentence in page.replace("&#x27;", "'")
     assert len(told["fresh"]["reward"]) <= 9
     assert {"1", "mean"} <= told["reward_errors"]["replay"].keys() <= {"1", "4", "5", "mean"}
@@ -379,6 +386,7 @@ def test_a_run_gets_a_report_in_one_file_while_another_process_trains_in_it(fold
     assert (folder / "videos" / "horizons.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_run_that_still_trains_is_inspected_and_trains_on(tmp_path):
     flags = f"{TINY} {CASES['dreamerv2']} --total-frames 1000000 --checkpoint-every 50"
     process = start("dreamerv2.py", f"{flags} --resume run --eval-every 0", tmp_path)
@@ -405,9 +413,9 @@ def test_a_run_that_still_trains_is_inspected_and_trains_on(tmp_path):
     assert 0 <= told["health"]["collapsed"] <= 1
 
 
-def test_nothing_that_the_folder_holds_is_executed(folder, tmp_path):
+def test_nothing_that_the_folder_holds_is_executed(run_of, tmp_path):
     theirs = tmp_path / "run"
-    shutil.copytree(folder, theirs)
+    shutil.copytree(run_of("dreamerv2"), theirs)
     for name in ("dreamerv2.py", "common.py", "runtime.py", "evil.py", "instruments.py"):
         (theirs / name).write_text("raise SystemExit('executed')")
     inspect(theirs, "--episodes", 1, "--horizon", 2)
@@ -418,13 +426,10 @@ def test_nothing_that_the_folder_holds_is_executed(folder, tmp_path):
         inspect(theirs)
 
 
-def test_the_script_of_a_variant_can_be_given(folder, tmp_path):
-    name = re.search("exp_name: (.*)", (folder / "args.yaml").read_text())[1]
-    shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")
-    theirs = tmp_path / "run"
-    shutil.copytree(folder, theirs)
-    inspect(theirs, "--script", tmp_path / "mine.py", "--episodes", 1, "--horizon", 2)
-    assert (theirs / "report.html").exists()
+def test_the_script_of_a_variant_can_be_given(run_of, tmp_path):
+    shutil.copy(ROOT / "dreamerv2.py", tmp_path / "mine.py")
+    run = tools.load_run(run_of("dreamerv2"), tmp_path / "mine.py")
+    assert Path(run.script.__file__) == tmp_path / "mine.py"
 
 
 def test_an_episode_is_filmed_with_its_return_on_it(folder, capsys):
@@ -437,9 +442,14 @@ def test_an_episode_is_filmed_with_its_return_on_it(folder, capsys):
 
 def test_what_cannot_be_inspected_is_said_in_one_line(folder, tmp_path):
     (tmp_path / "common.py").write_text("SIZE = 96\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "bad.py").write_text("def x(:")
+    (tmp_path / "mine" / "none.py").touch()
     another = f"{tmp_path / 'common.py'} is not what would be imported here"
     for flags, text in (
         ([folder, "--script", tmp_path / "mine.py"], another),
+        ([folder, "--script", tmp_path / "mine" / "bad.py"], "bad.py cannot be imported: Syntax"),
+        ([folder, "--script", tmp_path / "mine" / "none.py"], "none.py has no Args and PRESETS"),
         ([tmp_path], f"{tmp_path} is no run folder"),
         ([folder, "--dream"], "--dream needs an agent that learns from images"),
         ([folder, "--episodes", "0"], "--episodes is 0"),

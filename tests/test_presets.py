@@ -1,9 +1,7 @@
 """The presets of each script are the hyperparameters that its paper and its code published."""
 
 import pytest
-from helpers.envs import env_args
 
-import common
 import dreamerv1
 import dreamerv2
 import dreamerv3
@@ -97,7 +95,3 @@ def test_presets_equal_the_published_hyperparameters(script):
         assert {k: args[k] for k in table} == table, name
         if script is dreamerv1 and name != "atari":  # whose replay would be too large
             assert args["replay_size"] >= args["total_frames"] // args["action_repeat"], name
-
-
-def test_a_preset_can_be_named_where_the_id_would_choose_another():
-    assert common.choose_preset(env_args("CartPole-v1", preset="crafter")) == "crafter"

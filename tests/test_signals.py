@@ -13,7 +13,7 @@ import pytest
 from helpers.envs import env_args, reset_rows, step
 from helpers.processes import ROOT, finish, has_logged, start, wait_until
 from helpers.runs import (
-    ONE_SCRIPT, TINY, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after,
+    TINY, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after,
     the_run, values,
 )  # fmt: skip
 from helpers.users import Endless, register
@@ -86,25 +86,18 @@ def test_what_an_environment_in_a_process_starts_can_be_interrupted():
 
 
 # A run
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
-@ONE_SCRIPT
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
-    script, tmp_path, number, code
+    script, place, capsys, no_estimate, number, code
 ):
-    process = start(script, LONG, tmp_path)
-    wait_until(lambda: has_logged(tmp_path, '"updates": 5'))
-    folder = the_run(tmp_path)
-    assert counters(folder) == (0, 0)
-    process.send_signal(number)
-    done = finish(process, code)
+    calls = itertools.count(1)
+    with signal_after(module_of(script), "update", lambda *_: next(calls) == 5, number):
+        folder = play(script, f"{LONG} --eval-every 0", code)
     step, updates = counters(folder)
-    assert updates >= 5
+    assert updates == 5
     assert step - 50 < metrics(folder)[-1]["frames"] <= step
-    [line] = [line for line in done.out.splitlines() if "--resume" in line]
-    assert f"{script} --resume {folder.relative_to(tmp_path)}" in line
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "--resume" in line]
+    assert f"--resume {folder}" in line
 
 
 @pytest.mark.slow

@@ -107,7 +107,8 @@ def test_every_hunk_of_the_diff_lies_in_a_definition_that_is_named():
     out, into = changed(diff())
     named = DIFFERENT | ONLY_ONE | ONLY_TWO | {"docstring"}
     for source, numbers in ((ONE, out), (TWO, into)):
-        inside = [spans(source)[name] for name in named if name in spans(source)]
+        found = spans(source)
+        inside = [found[name] for name in named if name in found]
         inside = {number for first, last in inside for number in range(first, last + 1)}
         lines = source.splitlines()
         # Blank lines around a definition that only one script has belong to none.
