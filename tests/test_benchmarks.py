@@ -654,6 +654,31 @@ def job_of(tmp_path, command):
     return job
 
 
+def test_a_seed_with_other_flags_than_another_seed_of_its_task_is_refused_at_once(tmp_path):
+    job = job_of(tmp_path, ["true"])
+    other = job.folder.with_name("seed-2")
+    other.mkdir(parents=True)
+    (other / "flags").write_text("dreamerv2.py --env-id CartPole-v1 --seed 2")
+    job.check()
+    (other / "flags").write_text("dreamerv2.py --env-id CartPole-v1 --total-frames 9 --seed 2")
+    with pytest.raises(SystemExit, match=r"seed-2 ran dreamerv2\.py .* 9 .*choose another --out"):
+        job.check()
+
+
+@pytest.mark.parametrize(("tool", "flags", "said"), [
+    (run, "dreamerv2-CartPole-v1 --seeds 1 1 --dry-run", "error: --seeds 1 1 has one twice"),
+    (run, "dreamerv2-CartPole-v1 --cluster-options a", "error: --cluster-options a is not KEY="),
+    (plot, "--curves .", "curves that are not pinned need --out FOLDER"),
+    (plot, "--curves . --out plots", "error: there is no curve of a task in "),
+])  # fmt: skip
+def test_a_mistake_is_told_in_one_line(tool, flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        tool.main(flags.split())
+    assert said in str(end.value) + capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_job_that_submitit_stops_from_a_signal_handler_is_queued_again(tmp_path):
     job, again = job_of(tmp_path, ["sleep", "60"]), []
     handler = signal.signal(signal.SIGUSR2, lambda *_: again.append(job.checkpoint()))
