@@ -302,11 +302,12 @@ def test_each_row_of_what_survives_what_has_tests_that_exist():
 
 def test_the_numbers_of_parameters_are_those_of_the_networks():
     header, *rows = cells(between("parameters"))
-    assert len(rows) == 4
+    assert len(rows) == 6
     for name, preset, *numbers in rows:
-        script = {f"`{script.__name__}.py`": script for script in SCRIPTS}[name]
-        args = script.Args(**script.PRESETS[preset.strip("`")])
-        args.actor_dist = "onehot" if preset == "`atari`" else "tanh_normal"
+        script = {f"`{script.__name__}.py`": script for script in [*SCRIPTS, dreamerv3]}[name]
+        preset = preset.split("`")[1]
+        args = script.Args(**script.PRESETS[preset])
+        script.resolve_auto(args, torch.device("cpu"), discrete=preset == "atari")
         image = (1 if args.grayscale else 3, 64, 64)
         with torch.device("meta"):
             agent = script.make_agent({"image": image, "action": (6,)}, args)
