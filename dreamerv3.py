@@ -75,10 +75,11 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     batch_size: Count = 16  # B, sequences in a batch
     batch_length: Annotated[int, 2, 2**31 - 1] = 64  # T, agent steps of a sequence
     # --- world model ---
-    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # of networks
+    blocks: Count = 8  # G, blocks of the recurrent model's weights
+    # size of the networks, which have about so many parameters
+    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
     deter: Whole = 0  # D, size of the recurrent state; 0: that of --size
     hidden: Whole = 0  # units inside the RSSM; 0: those of --size
-    blocks: Count = 8  # G, blocks of the recurrent model's weights
     stoch: Count = 32  # S, number of latent variables
     classes: Whole = 0  # K, classes of each latent variable; 0: those of --size
     cnn_depth: Whole = 0  # channels of the first convolution; 0: those of --size
