@@ -235,7 +235,7 @@ FAULTS = [
     ("dreamerv2-CartPole-v1", 15_000, 9.2, True),  # an imagined discount that ignores the head
     ("dreamerv2-CartPole-v1", 15_000, 9.1, True),  # an actor's loss of the wrong sign
     ("dreamerv2-CartPole-v1", 15_000, 499.7, False),  # a prior that is not trained passes here
-    ("dreamerv2-Pendulum-v1", 10_000, -871.7, True),  # and is found here
+    ("dreamerv2-Pendulum-v1", 12_000, -876.7, True),  # and is found here
 ]
 
 
