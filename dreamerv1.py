@@ -42,7 +42,7 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 @dataclass
 class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
-    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id or dm_control/walker-walk-v0
+    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id or dm_control/DOMAIN-TASK-v0
     # defaults for a family of environments; auto: by id
     preset: Literal["auto", "atari", "dmc_pixels", "dmc_vector", "other"] = "auto"
     exp_name: str = Path(__file__).stem  # part of a run folder's name

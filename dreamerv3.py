@@ -43,7 +43,7 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 @dataclass
 class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     # --- run ---
-    env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/walker-walk-v0
+    env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/DOMAIN-TASK-v0
     # defaults for a family of environments; auto: by id, never atari100k or crafter
     preset: Literal[
         "auto", "atari", "atari100k", "dmc_pixels", "dmc_vector", "crafter", "other"
