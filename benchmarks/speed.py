@@ -5,6 +5,7 @@
     python benchmarks/speed.py --peer sheeprl --peer-python ENV/bin/python
     python benchmarks/speed.py --scaling W3             # the cost of longer, wider, deeper
     python benchmarks/speed.py --gpu --json gpu.json    # all that a GPU is judged by
+    python benchmarks/speed.py --gpu --mode graph --precision bfloat16
     python benchmarks/speed.py --run                    # seconds to a solved task, speed_run.py
 
 With a peer, both run in processes of their own with the same number of threads and take turns, so
@@ -407,16 +408,19 @@ def main(args):
             Path(args.json).write_text(json.dumps({"machine": about, "reports": reports}, indent=1))
         return
     reports = []
+    plan = []
     if args.scaling:
-        plan = [(args.scaling, {})]
+        plan += [(args.scaling, {})]
         for key, values in SCALING.items():
             changes = WORKLOADS[args.scaling]["changes"]
             plan += [(args.scaling, {"changes": changes | {key: v}}) for v in values]
     elif args.gpu:
         names = args.workloads or ["W2", "W1", "atari50", "dmc2"]
-        plan = [(n, {"mode": m, "precision": p}) for m, p in GPU_MODES for n in names]
+        for mode, precision in GPU_MODES:
+            if args.mode in (None, mode) and args.precision in (None, precision):
+                plan += [(name, {"mode": mode, "precision": precision}) for name in names]
     else:
-        plan = [(name, {}) for name in args.workloads or ["W1", "W2", "W3"]]
+        plan += [(name, {}) for name in args.workloads or ["W1", "W2", "W3"]]
     for name, options in plan:
         try:
             reports.append(measure(name, args, **options))
@@ -440,8 +444,8 @@ POLICIES = ["policy 8", "policy 16"]  # with so many environments
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--mode", choices=["graph", "eager", "compile"], default="graph")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="with --gpu: alone")
+    parser.add_argument("--mode", choices=["graph", "eager", "compile"], help="with --gpu: alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
@@ -457,6 +461,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.parts is None:
         args.parts = [] if args.scaling else PARTS + POLICIES * args.gpu
+    if not args.gpu:
+        args.precision = args.precision or "float32"
+        args.mode = args.mode or "graph"
     if args.worker:
         work_on(json.loads(args.worker))
     else:

@@ -58,7 +58,7 @@ def test_a_workload_whose_process_ends_is_reported_and_the_others_are_measured(
     monkeypatch.setattr(speed, "show", lambda report: None)
     file = tmp_path / "gpu.json"
     args = SimpleNamespace(
-        run=None, threads=1, mode="graph", precision="float32", scaling=None, gpu=True,
+        run=None, threads=1, mode=None, precision=None, scaling=None, gpu=True,
         workloads=["W1", "W2"], json=file,
     )  # fmt: skip
     with pytest.raises(SystemExit) as stop:
