@@ -11,12 +11,14 @@ an axis, and each label on it a color. The label is the name of the folder witho
 end, or the name of the CSV file.
 
 Thin lines are the evaluations of seeds, the bold one is their mean, as far as all of them have
-come. The authors' published seeds are a gray band from the lowest to the highest, with their
-median. Dotted: random play and people, where known.
+come. Where the authors published a curve, it is a gray band from the lowest to the highest seed,
+with their median; ours is drawn in its bins, of training episodes if theirs is of these. Dotted:
+random play and people, where known.
 """
 
 import argparse
 import csv
+import itertools
 import sys
 from pathlib import Path
 
@@ -74,6 +76,10 @@ often it accuses the innocent, and how small a loss it finds.
 | `environments.py` | tries every world that the docs name |
 
 ![All curves](plots/overview.png)
+
+The papers' tasks alone:
+
+![The papers' tasks](plots/papers.png)
 """
 
 
@@ -93,6 +99,26 @@ def authors(task):
     return published().get((task["script"], task["env_id"]), []) if task.get("published") else []
 
 
+def binned(task):
+    """The returns of all seeds in the bins of the authors' curve -> pairs of a bin's end, mean.
+
+    Those of evaluations or of training episodes, as the authors' are; up to the last full bin.
+    """
+    pairs = []
+    ends = [row["env_frames"] for row in authors(task)]
+    last = min(records.last_frame(rows) for rows in task["curves"].values())
+    for before, end in itertools.pairwise([0, *ends]):
+        returns = [
+            row["episode_return"]
+            for rows in task["curves"].values()
+            for row in rows
+            if row["kind"] == task["published"] and before < row["env_frames"] <= end <= last
+        ]
+        if returns:
+            pairs.append((end, float(np.mean(returns))))
+    return pairs
+
+
 def pinned(folder):
     """Tasks with a curve in the folder, in the order of tasks.yaml, and their curves and cards."""
     for name, task in records.tasks().items():
@@ -109,8 +135,8 @@ def spelled(values):
 def cells(task, folder):
     """What is told of a task in a table: {column: text}.
 
-    folder: leads from the text to benchmarks/. The authors' median (and range) over seeds lies on a
-    line between their nearest two frames.
+    folder: leads from the text to benchmarks/. The authors' is the median (and range) over their
+    seeds in the last bin of their curve that ours reaches, after our mean in the same bin.
     """
     runs = task["card"]["runs"]
     frames = min(run["env_frames"] for run in runs)
@@ -120,17 +146,17 @@ def cells(task, folder):
         "worst": [records.worst(rows, last) for rows, last in seeds],
         "at the end": [run["final_eval_return"] for run in runs],
     }
-    reported, rows = "-", authors(task)
-    if rows and rows[0]["env_frames"] <= frames <= 1.05 * rows[-1]["env_frames"]:
-        at = [row["env_frames"] for row in rows]
-        row = {k: np.interp(frames, at, [r[k] for r in rows]) for k in ("min", "median", "max")}
-        reported = f"{row['median']:.0f} ({row['min']:.0f} to {row['max']:.0f})"
+    reported = "-"
+    if bins := binned(task):
+        last, ours = bins[-1]
+        row = next(row for row in authors(task) if row["env_frames"] == last)
+        reported = f"{ours:.0f}, authors {row['median']:.0f} ({row['min']:.0f} to {row['max']:.0f})"
     hours = sorted(run["wall_hours"] for run in runs)
     return {
         "task": f"[`{task['name']}`]({folder}curves/{task['name']}.yaml)",
         "env frames": f"{frames:,}",
         **{f"{k}, each seed": ", ".join(map(records.shown, v)) for k, v in each.items()},
-        "authors": reported,
+        "in the authors' last bin": reported,
         "best known": str(task.get("best", "-")),
         "hours a seed": " to ".join(dict.fromkeys(f"{h:.2f}" for h in (hours[0], hours[-1]))),
         "commit": spelled(run["commit"] for run in runs),
@@ -205,10 +231,10 @@ def report(tasks):
     return "\n".join(parts)
 
 
-def evaluations(rows):
-    """Frames and returns of the evaluations."""
-    evals = [row for row in rows if row["kind"] == "eval"]
-    return [[row[k] for row in evals] for k in ("env_frames", "episode_return")]
+def returns(rows, kind="eval"):
+    """Frames and returns of the evaluations, or of the training episodes."""
+    rows = [row for row in rows if row["kind"] == kind]
+    return [[row[k] for row in rows] for k in ("env_frames", "episode_return")]
 
 
 def draw_seeds(axis, seeds, color, label):
@@ -221,16 +247,23 @@ def draw_seeds(axis, seeds, color, label):
 
 
 def draw(axis, task):
-    """Draws a task's seeds and mean, and the authors' band."""
-    seeds = [evaluations(rows) for rows in task["curves"].values()]
-    draw_seeds(axis, seeds, COLORS[task["script"]], task["script"])
-    last = max(x[-1] for x, _ in seeds)
-    rows = [row for row in authors(task) if row["env_frames"] <= 1.3 * last]
-    if rows:
+    """Draws a task's seeds and mean; where the authors have a curve, means in its bins."""
+    color = COLORS[task["script"]]
+    kind = task.get("published", "eval")
+    seeds = [returns(rows, kind) for rows in task["curves"].values()]
+    bins = binned(task)
+    if not bins:
+        draw_seeds(axis, seeds, color, task["script"])
+    else:
+        for frames, of_seed in seeds:
+            axis.plot(frames, of_seed, color=color, alpha=0.35, linewidth=0.8)
+        axis.plot(*zip(*bins, strict=True), color=color, marker="o", label=task["script"])
+        rows = [row for row in authors(task) if row["env_frames"] <= bins[-1][0]]
         x, low, high = ([row[k] for row in rows] for k in ("env_frames", "min", "max"))
         axis.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0)
         middle = [row["median"] for row in rows]
-        axis.plot(x, middle, color="gray", linewidth=1, label=f"authors, {rows[-1]['seeds']} seeds")
+        label = f"authors, {rows[-1]['seeds']} seeds"
+        axis.plot(x, middle, color="gray", marker="o", linewidth=1, label=label)
 
 
 def finish(axis, task):
@@ -242,7 +275,8 @@ def finish(axis, task):
                           va="bottom", fontsize=7)  # fmt: skip
     axis.set_title(task["env_id"], fontsize=10)
     axis.set_xlabel("environment frames")
-    axis.set_ylabel("return of evaluations")
+    what = "training episodes" if task.get("published") == "train" else "evaluations"
+    axis.set_ylabel(f"return of {what}")
     axis.legend(fontsize=7, loc="best")
     axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
 
@@ -279,7 +313,7 @@ def draw_runs(paths):
     figure, axes = panels(len(env_ids))
     for (env_id, label), curves in groups.items():
         records.refuse_repeated_seeds(curves)
-        seeds = [evaluations(curve.rows) for curve in curves]
+        seeds = [returns(curve.rows) for curve in curves]
         # matplotlib has ten colors, C0 to C9, and begins again.
         draw_seeds(axes[env_ids.index(env_id)], seeds, f"C{labels.index(label)}", label)
     for axis, env_id in zip(axes, env_ids, strict=True):
@@ -288,7 +322,7 @@ def draw_runs(paths):
 
 
 def write_plots(tasks, out):
-    """A PNG for each task and one of all."""
+    """A PNG for each task, one of all, and one of the papers' tasks."""
     for task in tasks:
         figure = Figure(figsize=(5, 3.4))
         axis = figure.subplots()
@@ -300,12 +334,19 @@ def write_plots(tasks, out):
     for task in tasks:
         pixels = task["card"]["args"]["observation"], task["card"]["args"]["pixels"]
         worlds.setdefault((task["env_id"], pixels), []).append(task)
-    figure, axes = panels(len(worlds))
-    for axis, chosen in zip(axes, worlds.values(), strict=True):
-        for task in chosen:
+    save(draw_together(worlds.values()), out / "overview.png")
+    if papers := [chosen for chosen in worlds.values() if chosen[0]["group"] in ("long", "gpu")]:
+        save(draw_together(papers), out / "papers.png")
+
+
+def draw_together(groups):
+    """A figure with an axis for each list of tasks."""
+    figure, axes = panels(len(groups))
+    for axis, tasks in zip(axes, groups, strict=True):
+        for task in tasks:
             draw(axis, task)
-        finish(axis, chosen[0])
-    save(figure, out / "overview.png")
+        finish(axis, tasks[0])
+    return figure
 
 
 def main(argv=None):

@@ -381,6 +381,24 @@ def test_every_plot_that_is_shown_is_drawn_and_committed(tmp_path, monkeypatch):
     assert all((ROOT / "benchmarks" / "plots" / name).exists() for name in shown)
 
 
+def test_a_curve_beside_the_authors_is_averaged_in_their_bins_as_far_as_it_fills_them():
+    def row(kind, frames, ret):
+        return {"kind": kind, "env_frames": frames, "episode_return": ret}
+
+    curve = [row("train", at, at / 1000) for at in range(1000, 62_000, 1000)]
+    curve += [row("eval", 10_000, -1.0), row("eval", 60_000, -2.0)]
+    task = {
+        "script": "dreamerv2", "env_id": "dm_control/cartpole-balance-v0", "published": "train",
+        "curves": {1: curve},
+    }  # fmt: skip
+    assert plot.binned(task) == [(30_000, 15.5), (60_000, 45.5)]
+    assert plot.binned(task | {"published": "eval"}) == [(30_000, -1.0), (60_000, -2.0)]
+    longer = [*curve, row("train", 90_000, 70.0)]
+    assert plot.binned(task | {"curves": {1: curve, 2: longer}})[-1] == (60_000, 45.5)
+    del task["published"]
+    assert plot.binned(task) == []
+
+
 def test_the_authors_figures_have_a_source_and_lie_between_their_extremes():
     with open(ROOT / "benchmarks" / "published.csv", newline="") as file:
         rows = list(csv.DictReader(file))

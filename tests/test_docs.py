@@ -377,7 +377,8 @@ def test_the_hours_of_the_papers_tasks_are_updates_times_the_time_of_one():
             times[version, row[1]] = float(row[2])
     _, *rows = cells(DOCS["machines.md"].split("## How long it takes")[1].split("\n\n")[2])
     frames = {"walker": 1e6, "10M": 10e6, "200M": 200e6}
-    for row in rows[1:]:
+    assert len(rows) == 5
+    for row in rows[2:]:
         version = "V1" if "V1" in row[0] else "V2"
         [total] = [value for word, value in frames.items() if word in row[0]]
         args = dreamerv1.Args(**dreamerv1.DMC) if version == "V1" else dreamerv2.Args()
@@ -391,6 +392,43 @@ def test_the_hours_of_the_papers_tasks_are_updates_times_the_time_of_one():
         for precision, told in (("bfloat16", row[2]), ("float32", row[3])):
             days = updates * times[version, precision] / 1000 / 86400
             assert float(told.removesuffix(" days")) == pytest.approx(days, rel=0.05), row
+        ms = gpu_report("W1" if version == "V1" else "W2", "graph", "bfloat16")["ours"]["ms"]
+        agent_steps = total / args.action_repeat * (ms["policy"] + ms["environment"])
+        hours = (updates * ms["update"] + agent_steps) / 3.6e6
+        number, unit = row[4].split()
+        told = float(number) * {"hours": 1, "days": 24}[unit]
+        assert told == pytest.approx(hours, rel=0.05), row
+
+
+def gpu_report(workload, mode, precision):
+    """What speed.py reported on the GPU."""
+    reports = json.loads((ROOT / "benchmarks" / "speed" / "h200.json").read_text())["reports"]
+    wanted = {"workload": workload, "mode": mode, "precision": precision}
+    return next((r for r in reports if wanted.items() <= r.items()), None)
+
+
+def test_the_times_on_a_gpu_are_those_of_the_record():
+    workloads = ("W2", "W2", "atari50", "dmc2", "W1", "W5")
+    _, *rows = cells(between("gpu"))
+    for row, workload in zip(rows, workloads, strict=True):
+        known = gpu_report(workload, "eager", "bfloat16")["what"]
+        assert row[0].startswith(("the same", known[:3]))
+        captured = "compile" if "--compile" in row[0] else "graph"
+        eager = "none" if "--compile" in row[0] else "eager"
+        modes = [(m, p) for p in ("bfloat16", "float32") for m in (captured, eager)]
+        for told, (mode, precision) in zip(row[1:5], modes, strict=True):
+            report = gpu_report(workload, mode, precision)
+            if report is None:
+                assert told in ("-", "not measured")
+            else:
+                assert float(told) == pytest.approx(report["ours"]["ms"]["update"], rel=0.01)
+        report = gpu_report(workload, captured, "bfloat16")
+        if report is None:
+            assert row[5:] == ["-", "-"]
+        else:
+            assert float(row[6]) == pytest.approx(report["ours"]["peak MiB"] / 1024, abs=0.05)
+            if mode == "graph":
+                assert value_of(row[5]) == round(report["kernels"][0][2])
 
 
 def test_the_papers_numbers_are_those_that_curves_are_compared_with():
