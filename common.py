@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from functools import cache, partial
 from pathlib import Path
 
@@ -91,6 +92,9 @@ def make_env(args, index, render=False):
             draws = False
             del options["render_mode"]
         name = f"shimmy:{env_id}" if dm_control else env_id
+        if dm_control:
+            with warnings.catch_warnings():  # its import asks for every DeprecationWarning
+                import shimmy.dm_control_compatibility  # noqa: F401
         env = gym.make(name, disable_env_checker=True, **options, **keywords)
         if draws and not dm_control and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("it cannot be drawn")

@@ -530,6 +530,17 @@ def test_only_a_discount_of_0_terminates_dm_control(monkeypatch):
     assert steps[-1][1].discount == 0
 
 
+def test_after_dm_control_python_shows_no_more_warnings_than_before():
+    code = """
+import warnings
+from helpers.envs import make_env
+make_env("dmc/cartpole-balance", observation="vector")
+assert not [f for f in warnings.filters if f[:3] == ("always", None, DeprecationWarning)]
+"""
+    returncode, output = run_python(code)
+    assert (returncode, output) == (0, "")
+
+
 # OpenGL
 def test_vectors_and_pixels_of_dm_control_in_one_process_without_any_setting(gl):
     code = """
