@@ -707,8 +707,10 @@ def replace_checkpoint(run, state):
     unreadable = torch.serialization.get_unsafe_globals_in_checkpoint(data)
     if unreadable:
         raise TypeError(f"a checkpoint holds tensors and Python's own types, no {unreadable[-1]}")
-    new.write_bytes(data.getbuffer())
-    with open(new, "rb") as file:
+    data.seek(0)
+    with open(new, "wb") as file:
+        shutil.copyfileobj(data, file)
+        file.flush()
         os.fsync(file.fileno())
     if path.exists():
         path.replace(run / "checkpoint.old.pt")
