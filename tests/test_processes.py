@@ -42,6 +42,7 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, world, nodes
     monkeypatch.setattr(runtime, "WORLD", world)
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world // nodes))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # as in an active environment
     assert runtime.launcher() == command
 
 
