@@ -25,19 +25,18 @@ TINY = f"{TINY} --imag-horizon 3 --train-every 50"
 def test_a_full_disk_stops_a_run_in_one_line_and_leaves_the_last_checkpoint(
     script, place, monkeypatch, capsys
 ):
-    write_bytes = Path.write_bytes
     calls = []
 
-    def full(path, data):  # half of the fourth checkpoint has room: 0, 100, 200, 300
-        calls.append(path.name)
+    def full(data, file):  # half of the fourth checkpoint has room: 0, 100, 200, 300
+        calls.append(Path(file.name).name)
+        file.write(data.read(len(data.getvalue()) // 2))
         if len(calls) == 4:
-            write_bytes(path, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_bytes(path, data)
+        file.write(data.read())
 
     flags = f"{TINY} --env-id CartPole-v1 --checkpoint-every 100 --total-frames 400"
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(shutil, "copyfileobj", full)
         folder = play(script, flags, 1)
     assert calls == ["checkpoint.new.pt"] * 4
     assert the_error(capsys.readouterr().err) == "error: [Errno 28] No space left on device"

@@ -1,6 +1,8 @@
 """What a process does that is one of several, shown without torchrun."""
 
 import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
