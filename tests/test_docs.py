@@ -787,7 +787,7 @@ ELSEWHERE = {
     "--reward-shift": "a changed copy, which the test of the diff runs with these flags",
     "--help": "it ends before there is a run",
 }
-SLOW = ("torchrun", "walker-walk", "humanoid-walk")
+SLOW = ("torchrun", "walker-walk", "humanoid-walk", "cartpole-balance-v0")
 COMMANDS = [
     pytest.param(
         words,
