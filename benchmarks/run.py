@@ -257,6 +257,8 @@ def main(argv=None):
         sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))} has one twice")
     if wrong := [option for option in args.cluster_options if "=" not in option]:
         sys.exit(f"error: --cluster-options {wrong[0]} is not KEY=VALUE")
+    if args.out.exists() and not args.out.is_dir():
+        sys.exit(f"error: --out {args.out} is no folder")
     if args.jobs < 1:
         sys.exit(f"error: --jobs is {args.jobs}, it must be at least 1")
 

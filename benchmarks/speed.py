@@ -448,8 +448,12 @@ POLICIES = ["policy 8", "policy 16"]  # with so many environments
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="with --gpu: alone")
-    parser.add_argument("--mode", choices=["graph", "eager", "compile"], help="with --gpu: alone")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], help="without it --gpu measures both"
+    )
+    parser.add_argument(
+        "--mode", choices=["graph", "eager", "compile"], help="without it --gpu measures all"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)

@@ -744,6 +744,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, save
         (["nonsense"], "no task nonsense"),
         ([], "name a task, a group"),
         (["cpu", "--jobs", "0"], "--jobs is 0"),
+        (["cpu", "--out", "empty.py"], "empty.py is no folder"),
         (["--scripts", "dreamerv1", "--env-ids", "dm_control/cartpole-swingup-v0"], "of its own"),
         (["--scripts", "nowhere.py", "--env-ids", "CartPole-v1"], "no script nowhere.py"),
         (["--scripts", "empty.py", "--env-ids", "CartPole-v1"], "empty.py has no Args and PRESETS"),
