@@ -93,7 +93,8 @@ def make_env(args, index, render=False):
             del options["render_mode"]
         name = f"shimmy:{env_id}" if dm_control else env_id
         if dm_control:
-            with warnings.catch_warnings():  # its import asks for every DeprecationWarning
+            # To import dm_control makes Python show every DeprecationWarning. This undoes it.
+            with warnings.catch_warnings():
                 import shimmy.dm_control_compatibility  # noqa: F401
         env = gym.make(name, disable_env_checker=True, **options, **keywords)
         if draws and not dm_control and "rgb_array" not in env.metadata.get("render_modes", ()):

@@ -708,7 +708,7 @@ def replace_checkpoint(run, state):
     if unreadable:
         raise TypeError(f"a checkpoint holds tensors and Python's own types, no {unreadable[-1]}")
     data.seek(0)
-    with open(new, "wb") as file:
+    with open(new, "wb") as file:  # a view of all bytes crashes Python 3.12.1 if the disk is full
         shutil.copyfileobj(data, file)
         file.flush()
         os.fsync(file.fileno())

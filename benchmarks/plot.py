@@ -11,9 +11,9 @@ an axis, and each label on it a color. The label is the name of the folder witho
 end, or the name of the CSV file.
 
 Thin lines are the evaluations of seeds, the bold one is their mean, as far as all of them have
-come. Where the authors published a curve, it is a gray band from the lowest to the highest seed,
-with their median; ours is drawn in its bins, of training episodes if theirs is of these. Dotted:
-random play and people, where known.
+come. Where the authors published a curve, a gray band goes from their lowest to their highest
+seed, with a dashed line for the median. Ours is then the mean in each of its bins, and thin lines
+are evaluations or training episodes, as theirs are. Dotted: random play and people, where known.
 """
 
 import argparse
@@ -37,6 +37,7 @@ COLUMNS = {  # of the README's table
     "dreamerv1": "DreamerV1", "dreamerv2": "DreamerV2", "dreamerv3": "DreamerV3",
     "benchmarks/without_memory": "without memory",
 }  # fmt: skip
+KINDS = {"eval": "evaluations", "train": "training episodes"}
 GROUPS = {"cpu": "On a CPU", "long": "On a CPU, for hours", "gpu": "On a GPU"}
 ABOUT = """# Learning curves
 
@@ -77,7 +78,7 @@ often it accuses the innocent, and how small a loss it finds.
 
 ![All curves](plots/overview.png)
 
-The papers' tasks alone:
+The papers' tasks alone, Pong with small networks:
 
 ![The papers' tasks](plots/papers.png)
 """
@@ -100,22 +101,24 @@ def authors(task):
 
 
 def binned(task):
-    """The returns of all seeds in the bins of the authors' curve -> pairs of a bin's end, mean.
+    """Our mean in each bin of the authors' curve that all seeds fill -> pairs of its end, mean.
 
-    Those of evaluations or of training episodes, as the authors' are; up to the last full bin.
+    Of evaluations or of training episodes, as theirs is: the mean over seeds of a seed's mean.
     """
     pairs = []
     ends = [row["env_frames"] for row in authors(task)]
     last = min(records.last_frame(rows) for rows in task["curves"].values())
     for before, end in itertools.pairwise([0, *ends]):
-        returns = [
-            row["episode_return"]
+        seeds = [
+            [
+                row["episode_return"]
+                for row in rows
+                if row["kind"] == task["published"] and before < row["env_frames"] <= end
+            ]
             for rows in task["curves"].values()
-            for row in rows
-            if row["kind"] == task["published"] and before < row["env_frames"] <= end <= last
         ]
-        if returns:
-            pairs.append((end, float(np.mean(returns))))
+        if end <= last and all(seeds):
+            pairs.append((end, float(np.mean([np.mean(seed) for seed in seeds]))))
     return pairs
 
 
@@ -135,8 +138,8 @@ def spelled(values):
 def cells(task, folder):
     """What is told of a task in a table: {column: text}.
 
-    folder: leads from the text to benchmarks/. The authors' is the median (and range) over their
-    seeds in the last bin of their curve that ours reaches, after our mean in the same bin.
+    folder: leads from the text to benchmarks/. Where the authors have a curve: our mean in the last
+    of its bins that ours fills, and their median (and range) over seeds.
     """
     runs = task["card"]["runs"]
     frames = min(run["env_frames"] for run in runs)
@@ -156,7 +159,7 @@ def cells(task, folder):
         "task": f"[`{task['name']}`]({folder}curves/{task['name']}.yaml)",
         "env frames": f"{frames:,}",
         **{f"{k}, each seed": ", ".join(map(records.shown, v)) for k, v in each.items()},
-        "in the authors' last bin": reported,
+        "last full bin, authors'": reported,
         "best known": str(task.get("best", "-")),
         "hours a seed": " to ".join(dict.fromkeys(f"{h:.2f}" for h in (hours[0], hours[-1]))),
         "commit": spelled(run["commit"] for run in runs),
@@ -231,7 +234,7 @@ def report(tasks):
     return "\n".join(parts)
 
 
-def returns(rows, kind="eval"):
+def points(rows, kind="eval"):
     """Frames and returns of the evaluations, or of the training episodes."""
     rows = [row for row in rows if row["kind"] == kind]
     return [[row[k] for row in rows] for k in ("env_frames", "episode_return")]
@@ -250,24 +253,27 @@ def draw(axis, task):
     """Draws a task's seeds and mean; where the authors have a curve, means in its bins."""
     color = COLORS[task["script"]]
     kind = task.get("published", "eval")
-    seeds = [returns(rows, kind) for rows in task["curves"].values()]
+    seeds = [points(rows, kind) for rows in task["curves"].values()]
     bins = binned(task)
     if not bins:
         draw_seeds(axis, seeds, color, task["script"])
-    else:
-        for frames, of_seed in seeds:
-            axis.plot(frames, of_seed, color=color, alpha=0.35, linewidth=0.8)
-        axis.plot(*zip(*bins, strict=True), color=color, marker="o", label=task["script"])
-        rows = [row for row in authors(task) if row["env_frames"] <= bins[-1][0]]
-        x, low, high = ([row[k] for row in rows] for k in ("env_frames", "min", "max"))
-        axis.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0)
-        middle = [row["median"] for row in rows]
-        label = f"authors, {rows[-1]['seeds']} seeds"
-        axis.plot(x, middle, color="gray", marker="o", linewidth=1, label=label)
+        return
+    for seed in seeds:
+        axis.plot(*seed, color=color, alpha=0.35, linewidth=0.8)
+    ends, means = zip(*bins, strict=True)
+    axis.plot(ends, means, color=color, marker="o", label=f"{task['script']}, {KINDS[kind]}")
+    rows = [row for row in authors(task) if row["env_frames"] <= ends[-1]]
+    x, low, high, middle = (
+        [row[k] for row in rows] for k in ("env_frames", "min", "max", "median")
+    )
+    axis.fill_between(x, low, high, color="gray", alpha=0.25, linewidth=0)
+    label = f"its authors, {rows[-1]['seeds']} seeds"
+    axis.plot(x, middle, color=color, marker="o", linestyle="--", linewidth=1, label=label)
 
 
-def finish(axis, task):
-    """Draws what is known of the environment, and names the axes."""
+def finish(axis, tasks):
+    """Draws what is known of the environment that the tasks share, and names the axes."""
+    task = tasks[0]
     for key in ("random", "human"):
         if key in task:
             axis.axhline(task[key], color="black", linestyle=":", linewidth=0.8)
@@ -275,8 +281,8 @@ def finish(axis, task):
                           va="bottom", fontsize=7)  # fmt: skip
     axis.set_title(task["env_id"], fontsize=10)
     axis.set_xlabel("environment frames")
-    what = "training episodes" if task.get("published") == "train" else "evaluations"
-    axis.set_ylabel(f"return of {what}")
+    kinds = {task.get("published", "eval") for task in tasks}
+    axis.set_ylabel(f"return of {KINDS[kinds.pop()]}" if len(kinds) == 1 else "return")
     axis.legend(fontsize=7, loc="best")
     axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
 
@@ -313,11 +319,11 @@ def draw_runs(paths):
     figure, axes = panels(len(env_ids))
     for (env_id, label), curves in groups.items():
         records.refuse_repeated_seeds(curves)
-        seeds = [returns(curve.rows) for curve in curves]
+        seeds = [points(curve.rows) for curve in curves]
         # matplotlib has ten colors, C0 to C9, and begins again.
         draw_seeds(axes[env_ids.index(env_id)], seeds, f"C{labels.index(label)}", label)
     for axis, env_id in zip(axes, env_ids, strict=True):
-        finish(axis, {"env_id": env_id})
+        finish(axis, [{"env_id": env_id}])
     return figure
 
 
@@ -327,13 +333,12 @@ def write_plots(tasks, out):
         figure = Figure(figsize=(5, 3.4))
         axis = figure.subplots()
         draw(axis, task)
-        finish(axis, task)
+        finish(axis, [task])
         save(figure, out / f"{task['name']}.png")
 
-    worlds = {}
+    worlds = {}  # what follows the script in a task's name: tasks
     for task in tasks:
-        pixels = task["card"]["args"]["observation"], task["card"]["args"]["pixels"]
-        worlds.setdefault((task["env_id"], pixels), []).append(task)
+        worlds.setdefault(task["name"].split("-", 1)[1], []).append(task)
     save(draw_together(worlds.values()), out / "overview.png")
     if papers := [chosen for chosen in worlds.values() if chosen[0]["group"] in ("long", "gpu")]:
         save(draw_together(papers), out / "papers.png")
@@ -345,7 +350,7 @@ def draw_together(groups):
     for axis, tasks in zip(axes, groups, strict=True):
         for task in tasks:
             draw(axis, task)
-        finish(axis, tasks[0])
+        finish(axis, tasks)
     return figure
 
 

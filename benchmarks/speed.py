@@ -423,6 +423,8 @@ def main(args):
         for mode, precision in GPU_MODES:
             if args.mode in (None, mode) and args.precision in (None, precision):
                 plan += [(name, {"mode": mode, "precision": precision}) for name in names]
+        if not plan:
+            sys.exit(f"error: --gpu measures no --mode {args.mode} in {args.precision}")
     else:
         plan += [(name, {}) for name in args.workloads or ["W1", "W2", "W3"]]
     for name, options in plan:
@@ -469,7 +471,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.parts is None:
         args.parts = [] if args.scaling else PARTS + POLICIES * args.gpu
-    if not args.gpu:
+    if not args.gpu or args.scaling or args.run:
         args.precision = args.precision or "float32"
         args.mode = args.mode or "graph"
     if args.worker:

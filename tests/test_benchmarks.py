@@ -393,8 +393,9 @@ def test_a_curve_beside_the_authors_is_averaged_in_their_bins_as_far_as_it_fills
     }  # fmt: skip
     assert plot.binned(task) == [(30_000, 15.5), (60_000, 45.5)]
     assert plot.binned(task | {"published": "eval"}) == [(30_000, -1.0), (60_000, -2.0)]
-    longer = [*curve, row("train", 90_000, 70.0)]
-    assert plot.binned(task | {"curves": {1: curve, 2: longer}})[-1] == (60_000, 45.5)
+    other = [row("train", 20_000, 1.5), row("train", 50_000, 5.5), row("train", 90_000, 7.5)]
+    both = plot.binned(task | {"curves": {1: curve, 2: other}})
+    assert both == [(30_000, 8.5), (60_000, 25.5)]  # each seed counts alike
     del task["published"]
     assert plot.binned(task) == []
 

@@ -71,3 +71,22 @@ def test_a_workload_whose_process_ends_is_reported_and_the_others_are_measured(
         ("W1", "graph", "bfloat16"), ("W1", "graph", "float32"),
     ]  # fmt: skip
     assert capsys.readouterr().out.count("it cannot record") == 2
+
+
+def test_on_a_gpu_one_mode_or_precision_is_measured_alone_if_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "measure", lambda name, args, **options: options)
+    monkeypatch.setattr(speed, "show", lambda report: None)
+    file = tmp_path / "gpu.json"
+
+    def measured(mode, precision):
+        speed.main(SimpleNamespace(
+            run=None, threads=1, mode=mode, precision=precision, scaling=None, gpu=True,
+            workloads=["W1"], json=file,
+        ))  # fmt: skip
+        reports = json.loads(file.read_text())["reports"]
+        return [(report["mode"], report["precision"]) for report in reports]
+
+    assert measured("graph", None) == [("graph", "bfloat16"), ("graph", "float32")]
+    assert measured("eager", "float32") == [("eager", "float32")]
+    with pytest.raises(SystemExit, match="no --mode compile in float32"):
+        measured("compile", "float32")
