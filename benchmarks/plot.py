@@ -109,14 +109,10 @@ def binned(task):
     ends = [row["env_frames"] for row in authors(task)]
     last = min(records.last_frame(rows) for rows in task["curves"].values())
     for before, end in itertools.pairwise([0, *ends]):
-        seeds = [
-            [
-                row["episode_return"]
-                for row in rows
-                if row["kind"] == task["published"] and before < row["env_frames"] <= end
-            ]
-            for rows in task["curves"].values()
-        ]
+        seeds = []
+        for rows in task["curves"].values():
+            seen = zip(*points(rows, task["published"]), strict=True)
+            seeds.append([ret for frames, ret in seen if before < frames <= end])
         if end <= last and all(seeds):
             pairs.append((end, float(np.mean([np.mean(seed) for seed in seeds]))))
     return pairs
