@@ -1,4 +1,4 @@
-"""DreamerV3: Hafner et al., "Mastering Diverse Control Tasks through World Models", 2301.04104v2.
+"""DreamerV3: Hafner et al., "Mastering Diverse Domains through World Models", arXiv 2301.04104v2.
 
 This is DreamerV2 with one set of hyperparameters for every task: block GRU, RMSNorm, latents with
 a share of the uniform, symlog and two-hot predictions, returns normalised by their range, and one
@@ -75,8 +75,8 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     batch_size: Count = 16  # B, sequences in a batch
     batch_length: Annotated[int, 2, 2**31 - 1] = 64  # T, agent steps of a sequence
     # --- world model ---
-    blocks: Count = 8  # G, blocks of the recurrent model's weights
-    # size of the networks, which have about so many parameters
+    blocks: Count = 8  # G, blocks of weights in recurrent model and image decoder
+    # size of the networks, in about so many parameters; all but tiny are the authors'
     size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
     deter: Whole = 0  # D, size of the recurrent state; 0: that of --size
     hidden: Whole = 0  # units inside the RSSM; 0: those of --size
@@ -102,7 +102,7 @@ class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
     slow_scale: Weight = 1.0  # weight of the critic's loss for the slow critic's values
     eval_sample: bool = True  # evaluate with sampled actions, not with the mode
     # --- optimizer ---
-    train_ratio: Weight = 32.0  # replayed steps to learn from per agent step
+    train_ratio: Rate = 32.0  # replayed steps to learn from per agent step
     lr: Rate = 4e-5  # learning rate
     warmup: Count = 1000  # updates in which the learning rate rises from 0
     agc: Rate = 0.3  # most that a gradient's norm may be, as a share of its weight's
@@ -609,7 +609,7 @@ class WorldModel(nn.Module):
 def lambda_return(reward, value, disc, bootstrap, lambda_):
     """Eq. 5, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N).
 
-    lambda_ is a number, or (I-1, N).
+    On replay (T-1, B) each. lambda_ is a number, or of that shape.
     """
     target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
     keep = disc * lambda_

@@ -603,7 +603,7 @@ def print_estimate(update, agent, optimizers, updates):
         if max(all_gather(seconds)) < 1:
             seconds = timed(update, agent, optimizers)
     day = 24 * 60 * 60
-    hint = "; --env-id CartPole-v1 takes ten minutes" if updates * seconds > day else ""
+    hint = "; --env-id CartPole-v1 takes minutes" if updates * seconds > day else ""
     tqdm.write(f"{updates:,} updates to come, {duration(updates * seconds)} on this CPU{hint}")
 
 

@@ -13,12 +13,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamerv1
 import dreamerv2
+import dreamerv3
 import runtime
 
 T, B, V, A = 5, 6, 4, 3
 SIZES = {
     "batch_size": B, "batch_length": T, "deter": 12, "hidden": 11, "stoch": 4, "units": 10,
-    "imag_horizon": 4, "cnn_depth": 2, "precision": "float32", "discount_head": True,
+    "imag_horizon": 4, "cnn_depth": 2, "precision": "float32",
 }  # fmt: skip
 KINDS = {
     "v1 discrete": (dreamerv1, {"actor_dist": "onehot", "expl_noise": 0.0}),
@@ -29,14 +30,19 @@ KINDS = {
         dreamerv2,
         {"actor_dist": "onehot", "actor_grad": "both", "free_avg": False},
     ),
+    "v3 discrete free nats of each step": (dreamerv3, {"actor_dist": "onehot"}),
+}
+# Options that only one script has.
+OWN = {
+    dreamerv1: {"discount_head": True},
+    dreamerv2: {"discount_head": True, "classes": 5, "weight_decay": 0.0},
+    dreamerv3: {"classes": 5, "blocks": 4},
 }
 
 
 def make(kind, **changes):
     script, options = KINDS[kind]
-    if script is dreamerv2:
-        changes |= {"classes": 5, "weight_decay": 0.0}
-    return script, script.Args(**SIZES | options | changes)
+    return script, script.Args(**SIZES | OWN[script] | options | changes)
 
 
 def make_batch():
@@ -75,7 +81,13 @@ def learner(kind, **changes):
     torch.manual_seed(1)
     shapes = {"image": (1, 64, 64), "vector": (V,), "action": (A,)}
     agent = script.make_agent(shapes, args)
-    return script, args, agent, script.make_optimizers(agent, args)
+    if script is not dreamerv3:
+        return script, args, agent, script.make_optimizers(agent, args)
+    # Rewards and values that are not 0, as at first, and whose range differs between processes.
+    with torch.no_grad():
+        agent["world_model"].reward.out.weight.normal_(std=1e-3)
+        agent["critic"].out.weight.normal_(std=1e-3)
+    return script, args, agent, script.make_optimizer(agent, args)
 
 
 def save_gradients(saved, kind, share):
@@ -89,6 +101,8 @@ def save_gradients(saved, kind, share):
     kl = rssm.kl(post, prior).mean(0)  # (B,)
     saved[f"{kind}, kl"] = kl.numpy()
     rates = {"model_lr": 1e-30, "actor_lr": 1e-30, "critic_lr": 1e-30}
+    if script is dreamerv3:  # the first step has rate 0
+        rates = {}
     for side, factor in (("below", 0.98), ("above", 1.02)):
         flags = rates | {"free_nats": factor * kl.mean().item()}
         script, args, agent, optimizers = learner(kind, **flags)
