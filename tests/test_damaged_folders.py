@@ -135,6 +135,7 @@ def runs(script, tmp_path_factory):
         for name, (which, env_id) in kinds.items():
             patch.chdir(tmp_path_factory.mktemp(name))
             flags = f"{TINY} --env-id {env_id} --total-frames 300 --checkpoint-every 250"
+            flags += " --time-limit 50"
             folders[name] = play(which, flags).absolute()
     return folders
 

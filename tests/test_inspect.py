@@ -475,6 +475,7 @@ def test_a_run_from_pixels_gets_pictures_of_its_dreams(tmp_path):
 @pytest.mark.slow
 def test_the_verdict_names_the_faults_of_bad_models(tmp_path):
     flags = "--env-id Pendulum-v1 --total-frames 3500 --eval-every 0 --eval-episodes 1"
+    flags += " --imag-horizon 5"
     run = tools.load_run(train("dreamerv2", flags, tmp_path))
     weights = {k: v.clone() for k, v in run.agent.state_dict().items()}
 

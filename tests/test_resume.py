@@ -27,12 +27,17 @@ def in_folder(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / name)
 
 
-@pytest.mark.parametrize("where", ["update", "receive"])
-@pytest.mark.parametrize("kind", [
-    "MountainCar-v0", "Pendulum-v1",
-    pytest.param("MountainCar-v0 --pixels", marks=pytest.mark.slow),
-    pytest.param("Pendulum-v1 --pixels", marks=pytest.mark.slow),
-])  # fmt: skip
+STOPS = [
+    ("MountainCar-v0", "update"),
+    ("MountainCar-v0", "receive"),
+    ("Pendulum-v1", "update"),
+    ("Pendulum-v1", "receive"),
+    pytest.param("MountainCar-v0 --pixels", "update", marks=pytest.mark.slow),
+    pytest.param("Pendulum-v1 --pixels", "receive", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "where"), STOPS)
 def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
     script, kind, where, tmp_path, monkeypatch
 ):
@@ -165,7 +170,8 @@ def test_there_is_a_checkpoint_from_the_first_moment_on_and_one_that_is_due_prec
 
 # Kills
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_loses_nothing_that_it_saved(script, tmp_path):
+def test_a_run_that_is_killed_at_random_moments_loses_nothing_that_it_saved(tmp_path):
+    script = "dreamerv2.py"
     flags = f"{FLAGS[script]} --env-id CartPole-v1 --total-frames 3000 --replay-size 1200"
     flags += " --checkpoint-every 100 --eval-every 200 --log-every 100"
     folder, seen = kill_often(script, flags.split(), 4, tmp_path, steps=(310, 500))

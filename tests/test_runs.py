@@ -1,10 +1,8 @@
 """What a run does, in the order of the paper, and what it leaves in its folder."""
 
-import json
 import math
 import re
 import shutil
-import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,12 +232,11 @@ SLOW_SETTINGS = [
     "--env-id Pendulum-v1 --pixels --grayscale --num-envs 2",
     "--env-id CartPole-v1 --precision bfloat16",
     "--env-id CartPole-v1 --observation both",
-    "--env-id dm_control/cartpole-swingup-v0 --total-frames 600",
     "--env-id PongNoFrameskip-v4 --total-frames 1200 --time-limit 400",
     "--env-id Pendulum-v1 --actor-grad reinforce --actor-entropy 1e-3 --torch-deterministic",
     "--env-id Pendulum-v1 --actor-dist tanh_normal",
     "--env-id CartPole-v1 --torch-deterministic --action-repeat 2 --total-frames 600",
-    "--env-id dmc/cartpole-swingup --observation both --total-frames 600",
+    "--env-id dmc/cartpole-swingup --observation both --total-frames 600 --time-limit 100",
     "--env-id ALE/Pong-v5 --total-frames 1200 --time-limit 400 --no-grayscale --num-envs 2",
 ]
 SLOW_SETTINGS = [pytest.param(flags, marks=pytest.mark.slow) for flags in SLOW_SETTINGS]
@@ -257,7 +254,9 @@ def test_a_run_learns_on_every_kind_of_environment(script, place, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(
+    ("script", "env_id"), [("dreamerv1.py", "Pendulum-v1"), ("dreamerv2.py", "CartPole-v1")]
+)
 def test_environments_in_processes_of_their_own_give_the_numbers_of_those_in_turn(
     script, env_id, tmp_path
 ):
@@ -291,38 +290,21 @@ def test_capture_video_films_an_episode_of_each_evaluation(script, place):
     assert set(contents(folder)) - set(before) == {"videos/evaluate.gif"}
 
 
-# The paper's sizes, less the batch of DreamerV1's
-PONG = "--env-id PongNoFrameskip-v4 --total-frames 2256 --log-every 64"
-WALKER = "--env-id dm_control/walker-walk-v0 --total-frames 412 --log-every 2 --pretrain 1"
-V1 = "--train-steps 1 --batch-size 10"
-FULL_SIZE = [  # script, flags, updates
-    ("dreamerv1.py", f"{PONG} {V1} --prefill 2000 --pretrain 1 --train-every 64", 5),
-    ("dreamerv1.py", f"{WALKER} {V1} --prefill 400 --train-every 4", 4),
-    ("dreamerv2.py", f"{PONG} --prefill 500", 5),
-    ("dreamerv2.py", f"{WALKER} --prefill 200", 3),
+# The paper's sizes, with small batches, and four updates
+PONG = "--env-id PongNoFrameskip-v4 --total-frames 2192 --log-every 64"
+WALKER = "--env-id dm_control/walker-walk-v0 --log-every 2 --pretrain 1"
+FULL_SIZE = [
+    ("dreamerv1.py", f"{PONG} --train-steps 1 --prefill 2000 --pretrain 1 --train-every 64"),
+    ("dreamerv1.py", f"{WALKER} --total-frames 406 --train-steps 1 --prefill 400 --train-every 2"),
+    ("dreamerv2.py", f"{PONG} --prefill 500"),
+    ("dreamerv2.py", f"{WALKER} --total-frames 430 --prefill 200"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "flags", "updates"), FULL_SIZE)
-def test_full_size_learns_in_memory_that_does_not_grow(script, tmp_path, flags, updates):
-    flags = f"{flags} --time-limit 100 --eval-episodes 1 --threads 1"
-    process = start(script, flags, tmp_path)
-    samples = []  # updates, MiB
-    while process.poll() is None:
-        time.sleep(0.1)
-        for path in tmp_path.glob("runs/*/metrics.jsonl"):
-            rows = path.read_text().splitlines()
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if rows and "RssAnon" in status:
-                anon = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
-                samples.append((json.loads(rows[-1])["updates"], anon))
-    finish(process)
-    rows = metrics(the_run(tmp_path))
+@pytest.mark.parametrize(("script", "flags"), FULL_SIZE)
+def test_a_run_learns_at_full_size(script, place, flags):
+    flags = f"{flags} --batch-size 4 --time-limit 100 --eval-episodes 1 --threads 1"
+    rows = metrics(play(script, flags))
     assert_learnt(rows)
-    assert rows[-1]["updates"] >= updates
-    early, late = (
-        max(anon for seen, anon in samples if (seen <= updates // 2 + 1) == first)
-        for first in (True, False)
-    )
-    assert late < 1.2 * early
+    assert rows[-1]["updates"] >= 4

@@ -146,7 +146,8 @@ def test_a_signal_to_torchrun_saves_and_resume_restores_every_replay(tmp_path, t
 
 
 @pytest.mark.slow
-def test_a_job_that_is_queued_again_with_the_same_command_goes_on(script, tmp_path, torchrun):
+def test_a_job_that_is_queued_again_with_the_same_command_goes_on(tmp_path, torchrun):
+    script = "dreamerv2.py"
     flags = f"--resume runs/x {FLAGS[script]} --total-frames 2000"
     folder = tmp_path / "runs" / "x"
     job = torchrun(script, 2, flags)
