@@ -1,9 +1,10 @@
 """The scripts learn as well as the pinned curves say, from the commands of benchmarks/tasks.yaml.
 
-Half of a run, to bound the time. When faults were put in by hand, one seed each fell short with an
-imagined discount that ignores the head (9.2 in the last third of 15,000 frames) and with an actor's
-loss of the wrong sign (9.1). A prior that is not trained had 499.7, which passes; it falls short on
-Pendulum (-876.7 in the last third of 12,000 frames), and `health.py` and `inspect_run.py` name it.
+A third of a run, to bound the time. When faults were put in by hand, one seed each fell short: with
+an imagined discount that ignores the head it had 62 in the last third of 9,000 frames, with an
+actor's loss of the wrong sign 9, and with a prior that is not trained 209. After 15,000 frames the
+last one had 499.7, which passes; it falls short on Pendulum (-876.7 in the last third of 12,000
+frames), and `health.py` and `inspect_run.py` name it.
 """
 
 import subprocess
@@ -16,7 +17,7 @@ import records
 
 ROOT = Path(__file__).parent.parent
 # Frames at which the pinned seeds agree so far that random play would be found out.
-RUNS = {"dreamerv2-CartPole-v1": 15_000}
+RUNS = {"dreamerv2-CartPole-v1": 9_000}
 
 
 @pytest.mark.slow
