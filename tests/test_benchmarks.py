@@ -234,7 +234,7 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_checked(tmp_path, caps
 FAULTS = [
     ("dreamerv2-CartPole-v1", 9_000, 62.1, True),  # an imagined discount that ignores the head
     ("dreamerv2-CartPole-v1", 9_000, 9.4, True),  # an actor's loss of the wrong sign
-    ("dreamerv2-CartPole-v1", 9_000, 209.5, True),  # a prior that is not trained
+    ("dreamerv2-CartPole-v1", 9_000, 209.2, True),  # a prior that is not trained
     ("dreamerv2-CartPole-v1", 15_000, 499.7, False),  # later it passes here
     ("dreamerv2-Pendulum-v1", 12_000, -876.7, True),  # and is found here
 ]
