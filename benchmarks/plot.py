@@ -62,7 +62,7 @@ often it accuses the innocent, and how small a loss it finds.
 | `check.py` | compares curves, two variants or new ones with the pinned |
 | `plot.py` | draws curves and writes the tables |
 | `records.py` | how runs become curves and cards, and the statistics of a curve |
-| `tasks.yaml` | the tasks whose curves are pinned |
+| `tasks.yaml` | the tasks, with the command and the notes of each |
 | `speed.py` | times updates and their parts, beside sheeprl if asked |
 | `speed_sheeprl.py` | the part of it that runs in an environment with sheeprl |
 | `speed_run.py` | times whole runs until their task is solved, for `speed.py --run` |
