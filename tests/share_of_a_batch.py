@@ -32,7 +32,7 @@ KINDS = {
     ),
     "v3 discrete free nats of each step": (dreamerv3, {"actor_dist": "onehot"}),
 }
-# Options that only one script has.
+# Options that not every script has.
 OWN = {
     dreamerv1: {"discount_head": True},
     dreamerv2: {"discount_head": True, "classes": 5, "weight_decay": 0.0},
@@ -101,8 +101,8 @@ def save_gradients(saved, kind, share):
     kl = rssm.kl(post, prior).mean(0)  # (B,)
     saved[f"{kind}, kl"] = kl.numpy()
     rates = {"model_lr": 1e-30, "actor_lr": 1e-30, "critic_lr": 1e-30}
-    if script is dreamerv3:  # the first step has rate 0
-        rates = {}
+    if script is dreamerv3:
+        rates = {}  # the first step of its optimizer has rate 0
     for side, factor in (("below", 0.98), ("above", 1.02)):
         flags = rates | {"free_nats": factor * kl.mean().item()}
         script, args, agent, optimizers = learner(kind, **flags)

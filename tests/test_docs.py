@@ -309,7 +309,7 @@ def test_the_numbers_of_parameters_are_those_of_the_networks():
         args = script.Args(**script.PRESETS[preset])
         script.resolve_auto(args, torch.device("cpu"), discrete=preset == "atari")
         image = (1 if args.grayscale else 3, 64, 64)
-        actions = 18 if getattr(args, "full_action_space", False) and preset == "atari" else 6
+        actions = 18 if preset == "atari" and args.full_action_space else 6
         with torch.device("meta"):
             agent = script.make_agent({"image": image, "action": (actions,)}, args)
         for module, number in zip(header[2:], numbers, strict=True):
