@@ -40,7 +40,7 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 
 
 @dataclass
-class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
+class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in [0, 1]
     # --- run ---
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/DOMAIN-TASK-v0
     # defaults for a family of environments; auto: by id
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """A scalar from the features: (..., F) -> (...)."""
+    """A scalar from the features, for the discount its logit: (..., F) -> (...)."""
 
     def __init__(self, feat_size, layers, args):
         super().__init__()
@@ -302,12 +302,12 @@ class OneHot:
         self.logit = logit.float()
 
     @cached_property
-    def logits(self):
+    def logp(self):
         return torch.log_softmax(self.logit, -1)
 
     @cached_property
     def probs(self):
-        return self.logits.exp()
+        return self.logp.exp()
 
     @property
     def mode(self):
@@ -326,10 +326,10 @@ class OneHot:
         return sample
 
     def log_prob(self, x):
-        return (x * self.logits).sum(-1)
+        return (x * self.logp).sum(-1)
 
     def entropy(self):
-        return -(self.probs * self.logits).sum(-1)
+        return -(self.probs * self.logp).sum(-1)
 
 
 class TruncNormal:
@@ -517,7 +517,7 @@ class RSSM(nn.Module):
         """KL(post || prior), summed over the S variables: (T, B)."""
         p = self.dist(post)
         q = self.dist(prior)
-        return (p.probs * (p.logits - q.logits)).sum((-2, -1))
+        return (p.probs * (p.logp - q.logp)).sum((-2, -1))
 
 
 class WorldModel(nn.Module):
@@ -592,10 +592,13 @@ class WorldModel(nn.Module):
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 
 
-def lambda_return(reward, value, disc, bootstrap, lambda_):
-    """Eq. 4, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N)."""
-    target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
-    ret = bootstrap
+def lambda_return(reward, next_value, disc, lambda_):
+    """Eq. 4, from the last step back: (I-1, N) each -> (I-1, N).
+
+    next_value: of the state after each reward; the last one stands for all that follows.
+    """
+    target = reward + disc * (1 - lambda_) * next_value
+    ret = next_value[-1]
     returns = []
     for t in reversed(range(len(reward))):
         ret = target[t] + disc[t] * lambda_ * ret
@@ -616,9 +619,7 @@ def behavior_loss(world_model, actor, critic, slow_critic, post, is_terminal, ar
             # Replay knows whether the start state was terminal, so that is not predicted.
             predicted = torch.sigmoid(world_model.discount(feat[1:]))  # gamma included
             disc = torch.cat([args.gamma * (1 - is_terminal.reshape(1, -1)), predicted])
-        ret = lambda_return(
-            reward[:-1], slow_value[:-1], disc[:-1], slow_value[-1], args.discount_lambda
-        )
+        ret = lambda_return(reward[:-1], slow_value[1:], disc[:-1], args.discount_lambda)
         weight = torch.cumprod(torch.cat([torch.ones_like(disc[:1]), disc[:-1]]), 0).detach()
 
     # state   z0   z1   z2   z3    With I = 4. The policy at z_i chose action[i + 1], so ret[i + 1]
@@ -680,7 +681,8 @@ def make_optimizers(agent, args):
 
 def opt_step(optimizer, loss, clip):
     """One gradient step -> the gradient's global norm before it was clipped, ()."""
-    parameters = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in parameters if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)  # passes through other networks without training them
     runtime.average_gradients(parameters)  # over the processes of torchrun

@@ -41,7 +41,7 @@ from runtime import Count, Rate, Share, UserError, Weight, Whole
 
 
 @dataclass
-class Args:  # Count, Whole, Rate, Share and Weight are numbers with bounds
+class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in [0, 1]
     # --- run ---
     env_id: str = "PongNoFrameskip-v4"  # any gymnasium id or dm_control/DOMAIN-TASK-v0
     # defaults for a family of environments; auto: by id, never atari100k or crafter
@@ -231,10 +231,10 @@ class Encoder(nn.Module):
         self.size = 0  # E
         d = args.cnn_depth
         if self.image:
-            sizes = pairwise([d, 2 * d, 3 * d, 4 * d, 4 * d])  # 64 -> 32 -> 16 -> 8 -> 4
+            channels = [d, 2 * d, 3 * d, 4 * d, 4 * d]  # at 64, 32, 16, 8 and 4 pixels
             self.conv = nn.Sequential(
                 block(nn.Conv2d(self.image[0], d, 5, padding=2)),
-                *(block(SameConv(i, o)) for i, o in sizes),
+                *(block(SameConv(i, o)) for i, o in pairwise(channels)),
             )
             self.size += 4 * d * 4 * 4
         if self.vector:
@@ -278,9 +278,9 @@ class Decoder(nn.Module):
                 nn.Linear(2 * args.units, size),
             )
             self.norm = nn.Sequential(RMSNorm(4 * d, channels_first=True), nn.SiLU())
-            sizes = pairwise([4 * d, 4 * d, 3 * d, 2 * d, d])  # 4 -> 8 -> 16 -> 32 -> 64
+            channels = [4 * d, 4 * d, 3 * d, 2 * d, d]  # at 4, 8, 16, 32 and 64 pixels
             self.conv = nn.Sequential(
-                *(block(SameDeconv(i, o)) for i, o in sizes),
+                *(block(SameDeconv(i, o)) for i, o in pairwise(channels)),
                 nn.Conv2d(d, self.image[0], 5, padding=2),
             )
         if self.vector:
@@ -300,7 +300,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """A scalar from the features: (..., F) -> (...)."""
+    """A scalar from the features, for the discount its logit: (..., F) -> (...)."""
 
     def __init__(self, feat_size, layers, args):
         super().__init__()
@@ -352,12 +352,12 @@ class OneHot:
         self.logit = logit.float()
 
     @cached_property
-    def logits(self):
+    def logp(self):
         return torch.log_softmax(self.logit, -1)
 
     @cached_property
     def probs(self):
-        return self.logits.exp()
+        return self.logp.exp()
 
     @property
     def mode(self):
@@ -376,10 +376,10 @@ class OneHot:
         return sample
 
     def log_prob(self, x):
-        return (x * self.logits).sum(-1)
+        return (x * self.logp).sum(-1)
 
     def entropy(self):
-        return -(self.probs * self.logits).sum(-1)
+        return -(self.probs * self.logp).sum(-1)
 
 
 def unimix(logit, share):
@@ -439,7 +439,7 @@ class RSSM(nn.Module):
         self.deter_in = block(nn.Linear(args.deter, args.hidden))
         self.stoch_in = block(nn.Linear(self.stoch_size, args.hidden))
         self.action_in = block(nn.Linear(action_dim, args.hidden))
-        inputs = args.deter + args.blocks * 3 * args.hidden
+        inputs = args.deter + args.blocks * 3 * args.hidden  # each block: its own deter, and all
         self.gru_in = block(BlockLinear(inputs, args.deter, args.blocks))
         self.gru = BlockLinear(args.deter, 3 * args.deter, args.blocks)
         self.img_out = nn.Sequential(
@@ -460,7 +460,7 @@ class RSSM(nn.Module):
         }
 
     def feat(self, state):
-        return torch.cat([state["deter"], state["stoch"]], -1)  # (..., F)
+        return torch.cat([state["deter"], state["stoch"]], -1)  # (..., F); Decoder splits it
 
     def stats(self, x):
         """A linear layer's output as the statistics of stoch."""
@@ -543,7 +543,7 @@ class RSSM(nn.Module):
         """KL(post || prior), summed over the S variables: (T, B)."""
         p = self.dist(post)
         q = self.dist(prior)
-        return (p.probs * (p.logits - q.logits)).sum((-2, -1))
+        return (p.probs * (p.logp - q.logp)).sum((-2, -1))
 
 
 class WorldModel(nn.Module):
@@ -556,8 +556,8 @@ class WorldModel(nn.Module):
         self.rssm = RSSM(self.encoder.size, shapes["action"][0], args)
         self.decoder = Decoder(self.rssm.feat_size, shapes, args)
         size = self.rssm.feat_size
-        self.reward = TwoHotHead(size, 1, args)
-        self.discount = Head(size, 1, args)
+        self.reward = TwoHotHead(size, layers=1, args=args)
+        self.discount = Head(size, layers=1, args=args)
 
     def loss(self, batch, start=None):
         """Eqs. 2, 3: batch, a dict of (T, B, ...) -> loss (), post (T, B, ...), metrics.
@@ -569,19 +569,22 @@ class WorldModel(nn.Module):
         post, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], start)
         feat = self.rssm.feat(post)  # (T, B, F)
         losses = {}
-        for key, recon in self.decoder(feat).items():
-            target = pixels(batch[key]) if key == "image" else symlog(batch[key])
-            square = (recon - target).square().flatten(2)  # (T, B, V or C * H * W)
-            if key == "vector":  # the authors' symlog loss ignores errors below 1e-4
-                square = torch.where(square < 1e-8, 0.0, square)
-            losses[key] = square.sum(-1)  # (T, B)
+        recon = self.decoder(feat)
+        if "image" in recon:
+            error = recon["image"] - pixels(batch["image"])
+            losses["image"] = error.square().flatten(2).sum(-1)  # (T, B)
+        if "vector" in recon:
+            square = (recon["vector"] - symlog(batch["vector"])).square()  # (T, B, V)
+            # The authors' symlog loss ignores errors below 1e-4.
+            losses["vector"] = torch.where(square < 1e-8, 0.0, square).sum(-1)  # (T, B)
         losses["reward"] = self.reward.loss(self.reward.logits(feat), batch["reward"])
         # The soft target holds gamma: the predicted discount is not multiplied by it again.
         target = args.gamma * (1 - batch["is_terminal"])
         losses["discount"] = F.binary_cross_entropy_with_logits(
             self.discount(feat), target, reduction="none"
         )
-        kl = self.rssm.kl(detach(post), prior)
+        # Below the free nats the KL of a step has no gradient.
+        kl = self.rssm.kl(detach(post), prior)  # (T, B)
         losses["dyn"] = kl.clamp(min=args.free_nats)
         losses["rep"] = self.rssm.kl(post, detach(prior)).clamp(min=args.free_nats)
         losses = {k: v.mean() for k, v in losses.items()}
@@ -606,14 +609,15 @@ class WorldModel(nn.Module):
         return torch.cat([truth, model, (model - truth + 1) / 2], -2)
 
 
-def lambda_return(reward, value, disc, bootstrap, lambda_):
-    """Eq. 5, from the last step back: (I-1, N) each, bootstrap (N,) -> (I-1, N).
+def lambda_return(reward, next_value, disc, lambda_):
+    """Eq. 5, from the last step back: (I-1, N) each -> (I-1, N).
 
-    On replay (T-1, B) each. lambda_ is a number, or of that shape.
+    next_value: of the state after each reward; the last one stands for all that follows.
+    lambda_ is a number, or of that shape. On replay (T-1, B) each.
     """
-    target = reward + disc * (1 - lambda_) * torch.cat([value[1:], bootstrap[None]])
+    target = reward + disc * (1 - lambda_) * next_value
     keep = disc * lambda_
-    ret = bootstrap
+    ret = next_value[-1]
     returns = []
     for t in reversed(range(len(reward))):
         ret = target[t] + keep[t] * ret
@@ -629,11 +633,14 @@ class ReturnRange(nn.Module):
         self.rate = rate
         self.register_buffer("range", torch.zeros(2))
 
-    def forward(self, ret):
-        """Takes the returns into account -> what to divide advantages by, () (Eq. 7)."""
+    def update(self, ret):
+        """Takes the returns of an update into account."""
         ret = runtime.process_cat(ret)
         percentiles = torch.stack([torch.quantile(ret, share) for share in (0.05, 0.95)])
         self.range.lerp_(percentiles, self.rate)
+
+    def scale(self):
+        """What to divide advantages by: () (Eq. 7)."""
         return (self.range[1] - self.range[0]).clamp(min=1)
 
 
@@ -643,7 +650,9 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
     -> actor loss, critic loss, returns of the starts (N,), metrics
     """
     start = {k: v.flatten(0, 1) for k, v in detach(post).items()}  # (N, ...)
-    with torch.no_grad():  # no gradient goes through the dream
+    # REINFORCE needs no gradient through the dream. Nothing else keeps the actor's loss out of
+    # model and critic: one optimizer steps them all.
+    with torch.no_grad():
         feat, action = world_model.rssm.imagine(actor, start, args.imag_horizon)  # (I, N, ...)
         reward = world_model.reward(feat)  # (I, N)
         value = critic(feat)  # (I, N)
@@ -651,9 +660,10 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
         # Replay knows whether the start state was terminal, so that is not predicted.
         predicted = torch.sigmoid(world_model.discount(feat[1:]))  # gamma included
         disc = torch.cat([1 - is_terminal.reshape(1, -1), predicted])  # (I, N)
-        ret = lambda_return(reward[1:], value[:-1], disc[1:], value[-1], args.discount_lambda)
-        weight = torch.cumprod(disc, 0)
-        advantage = (ret - value[:-1]) / return_range(ret)
+        ret = lambda_return(reward[1:], value[1:], disc[1:], args.discount_lambda)  # (I-1, N)
+        weight = torch.cumprod(disc, 0)  # (I, N), how far each state still counts
+        return_range.update(ret)
+        advantage = (ret - value[:-1]) / return_range.scale()  # (I-1, N), Eq. 7
 
     # state   z0   z1   z2   z3    With I = 4. The policy at z_i chose action[i + 1], and ret[i] is
     # action       a1   a2   a3    what followed it, from reward[i + 1] on. The last state trains
@@ -678,22 +688,23 @@ def critic_error(critic, feat, ret, slow_value, args):
     return critic.loss(logits, ret) + args.slow_scale * critic.loss(logits, slow_value)
 
 
-def replay_critic_loss(rssm, critic, slow_critic, post, ret, batch, args):
+def replay_critic_loss(rssm, critic, slow_critic, post, start_ret, batch, args):
     """The critic's loss on replayed rewards, which trains the world model too -> ().
 
-    ret: imagined returns (N,) from each posterior state, which take the place of values.
+    start_ret: imagined returns (N,) from each posterior state, which take the place of values.
+    What is added to imagined rewards has to be added to batch["reward"] as well.
     """
     feat = rssm.feat(post)  # (T, B, F), with its gradient
     with torch.no_grad():
         slow_value = slow_critic(feat)
-    ret = ret.unflatten(0, batch["reward"].shape)  # (T, B)
+    value = start_ret.unflatten(0, batch["reward"].shape)  # (T, B)
     first = batch["is_first"][1:].float()
     # An episode's last row; at the end of the window it is not known, and changes nothing.
     is_last = torch.cat([first, torch.zeros_like(first[:1])])
     disc = args.gamma * (1 - batch["is_terminal"])
     lambda_ = args.discount_lambda * (1 - is_last)
-    target = lambda_return(batch["reward"][1:], ret[:-1], disc[1:], ret[-1], lambda_[1:])
-    error = critic_error(critic, feat[:-1], target, slow_value[:-1], args)  # (T-1, B)
+    ret = lambda_return(batch["reward"][1:], value[1:], disc[1:], lambda_[1:])  # (T-1, B)
+    error = critic_error(critic, feat[:-1], ret, slow_value[:-1], args)  # (T-1, B)
     return ((1 - is_last[:-1]) * error).mean()
 
 
@@ -709,7 +720,7 @@ def make_agent(shapes, args):
     for module in agent.modules():
         if isinstance(module, nn.Linear | BlockLinear | nn.Conv2d | nn.ConvTranspose2d):
             init(module)
-    for layer in (model.reward.out, agent["critic"].out, agent["slow_critic"].out):
+    for layer in (model.reward.out, agent["critic"].out):
         nn.init.zeros_(layer.weight)  # the outer bins are huge: begin at 0
     with torch.no_grad():
         agent["actor"].out.weight.mul_(0.01)
@@ -717,6 +728,7 @@ def make_agent(shapes, args):
             agent["actor"].std.weight.mul_(0.01)
         if "vector" in shapes:
             model.decoder.mlp[1].weight.mul_(0.1)
+    agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
     agent["slow_critic"].requires_grad_(False)
     agent.to(memory_format=torch.channels_last)  # for faster convolutions on a CPU
     if args.compile:
@@ -744,36 +756,36 @@ class LaProp(torch.optim.Optimizer):
     def __init__(self, parameters, lr, agc, warmup, beta1=0.9, beta2=0.999, eps=1e-20):
         settings = {"lr": lr, "agc": agc, "warmup": warmup}
         settings |= {"beta1": beta1, "beta2": beta2, "eps": eps}
-        settings["capturable"] = True  # a resumed run keeps the number of the step on the GPU
+        settings["capturable"] = True  # torch then loads state["step"] to the GPU
         super().__init__(parameters, settings)
 
     @torch.no_grad()
     def step(self):
         """The n-th step; the first one has rate 0 and only fills the averages."""
-        group = self.param_groups[0]
-        beta1 = group["beta1"]
-        beta2 = group["beta2"]
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), device=p.device)
-                state["square"] = torch.zeros_like(p)
-                state["momentum"] = torch.zeros_like(p)
-            n = state["step"].add_(1)
-            # Cut the gradient relative to its weight.
-            limit = group["agc"] * p.norm().clamp(min=1e-3)
-            grad = p.grad / (p.grad.norm() / limit).clamp(min=1)
-            # Divide it by the root of its mean square.
-            state["square"].lerp_(grad.square(), 1 - beta2)
-            square = state["square"] / (1 - beta2**n)
-            grad = grad / (square.sqrt() + group["eps"])
-            # Average what came of it.
-            state["momentum"].lerp_(grad, 1 - beta1)
-            momentum = state["momentum"] / (1 - beta1**n)
-            rate = group["lr"] * ((n - 1) / group["warmup"]).clamp(max=1)
-            p -= rate * momentum
+        for group in self.param_groups:
+            beta1 = group["beta1"]
+            beta2 = group["beta2"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["square"] = torch.zeros_like(p)
+                    state["momentum"] = torch.zeros_like(p)
+                n = state["step"].add_(1)
+                # Cut the gradient relative to its weight.
+                limit = group["agc"] * p.norm().clamp(min=1e-3)
+                grad = p.grad / (p.grad.norm() / limit).clamp(min=1)
+                # Divide it by the root of its mean square.
+                state["square"].lerp_(grad.square(), 1 - beta2)
+                square = state["square"] / (1 - beta2**n)
+                grad = grad / (square.sqrt() + group["eps"])
+                # Average what came of it.
+                state["momentum"].lerp_(grad, 1 - beta1)
+                momentum = state["momentum"] / (1 - beta1**n)
+                rate = group["lr"] * ((n - 1) / group["warmup"]).clamp(max=1)
+                p -= rate * momentum
 
 
 def make_optimizer(agent, args):
@@ -784,7 +796,7 @@ def make_optimizer(agent, args):
 
 def opt_step(optimizer, loss):
     """One gradient step -> the gradient's global norm, ()."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     runtime.average_gradients(parameters)  # over the processes of torchrun
@@ -793,29 +805,31 @@ def opt_step(optimizer, loss):
     return norm
 
 
-def update(agent, optimizer, batch, args, start=None):
-    """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
-    bfloat16 = args.precision == "bfloat16"
-    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=bfloat16):
-        model_loss, post, metrics = agent["world_model"].loss(batch, start)
-        actor_loss, critic_loss, ret, imagined = behavior_loss(
-            agent["world_model"], agent["actor"], agent["critic"], agent["slow_critic"],
-            agent["return_range"], post, batch["is_terminal"], args,
-        )  # fmt: skip
-        replay_loss = replay_critic_loss(
-            agent["world_model"].rssm, agent["critic"], agent["slow_critic"], post, ret, batch, args
-        )
-        loss = model_loss + actor_loss + critic_loss + args.replay_critic * replay_loss
-    metrics["grad_norm"] = opt_step(optimizer, loss)
-    metrics |= {"losses/replay_critic": replay_loss.detach(), "losses/total": loss.detach()}
-    return metrics | imagined
-
-
 @torch.no_grad()
 def follow(slow_critic, critic, rate):
     """Moves the slow critic's weights a share of the way to the critic's."""
     for slow, fast in zip(slow_critic.parameters(), critic.parameters(), strict=True):
         slow.lerp_(fast, rate)
+
+
+def update(agent, optimizer, batch, args, start=None):
+    """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
+    bfloat16 = args.precision == "bfloat16"
+    with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=bfloat16):
+        model_loss, post, metrics = agent["world_model"].loss(batch, start)
+        actor_loss, critic_loss, start_ret, imagined = behavior_loss(
+            agent["world_model"], agent["actor"], agent["critic"], agent["slow_critic"],
+            agent["return_range"], post, batch["is_terminal"], args,
+        )  # fmt: skip
+        replay_loss = replay_critic_loss(
+            agent["world_model"].rssm, agent["critic"], agent["slow_critic"],
+            post, start_ret, batch, args,
+        )  # fmt: skip
+        loss = model_loss + actor_loss + critic_loss + args.replay_critic * replay_loss
+    metrics["grad_norm"] = opt_step(optimizer, loss)
+    follow(agent["slow_critic"], agent["critic"], args.slow_rate)
+    metrics |= {"losses/replay_critic": replay_loss.detach(), "losses/total": loss.detach()}
+    return metrics | imagined
 
 
 @torch.no_grad()
@@ -976,8 +990,6 @@ def main(args):
             while learning and updates < owed and not interrupt.agreed():
                 batch = replay.sample(batch_size, args.batch_length, fresh_first=True)
                 losses = learn(batch)
-                rate = args.slow_rate if updates else 1.0  # at first it becomes a copy
-                follow(agent["slow_critic"], agent["critic"], rate)
                 metrics.record(losses, updates)
                 updates += 1
                 logger.progress(frames, updates)

@@ -206,7 +206,7 @@ def latent_kl(run, post, prior):
     p, q = run.rssm.dist(post), run.rssm.dist(prior)
     if isinstance(p, torch.distributions.Distribution):
         return torch.distributions.kl_divergence(p, q)
-    return (p.probs * (p.logits - q.logits)).sum(-1)
+    return (p.probs * (p.logp - q.logp)).sum(-1)
 
 
 def continuation(run, feat):

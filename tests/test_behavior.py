@@ -18,24 +18,23 @@ import dreamerv2
 
 @every_script
 def test_lambda_return_equals_the_brute_force_double_sum(script):
-    reward, value, disc = torch.randn(T, N), torch.randn(T, N), torch.rand(T, N)
-    bootstrap, lambda_ = torch.randn(N), 0.9
-    ret = script.lambda_return(reward, value, disc, bootstrap, lambda_)
-    values = torch.cat([value, bootstrap[None]])
+    reward, value, disc = torch.randn(T, N), torch.randn(T + 1, N), torch.rand(T, N)
+    lambda_ = 0.9
+    ret = script.lambda_return(reward, value[1:], disc, lambda_)
     for t in range(T):
         n_step = []  # returns of 1, 2, ... rewards and the value after them
         for n in range(1, T - t + 1):
             total = sum(disc[t : t + k].prod(0) * reward[t + k] for k in range(n))
-            n_step.append(total + disc[t : t + n].prod(0) * values[t + n])
+            n_step.append(total + disc[t : t + n].prod(0) * value[t + n])
         mixed = sum((1 - lambda_) * lambda_**n * g for n, g in enumerate(n_step[:-1]))
         close(ret[t], mixed + lambda_ ** (T - t - 1) * n_step[-1], atol=1e-5)
 
 
 @every_script
 def test_lambda_return_of_a_case_by_hand(script):
-    reward, value = torch.tensor([[0.7], [0.5], [0.4]]), torch.tensor([[1.2], [1.0], [0.8]])
+    reward, next_value = torch.tensor([[0.7], [0.5], [0.4]]), torch.tensor([[1.0], [0.8], [0.6]])
     disc = torch.full((3, 1), 0.99)
-    ret = script.lambda_return(reward, value, disc, torch.tensor([0.6]), 0.95)
+    ret = script.lambda_return(reward, next_value, disc, 0.95)
     # .4 + .99 * .6; .5 + .99 * (.05 * .8 + .95 * .994); .7 + .99 * (.05 * 1 + .95 * 1.474)
     close(ret[:, 0], torch.tensor([2.136227, 1.474457, 0.994]))
 

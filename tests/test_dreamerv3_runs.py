@@ -86,22 +86,6 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def test_the_slow_critic_is_a_copy_after_the_first_update_and_then_follows(place, monkeypatch):
-    gaps = []
-    follow = dreamerv3.follow
-
-    def spy(slow_critic, critic, rate):
-        follow(slow_critic, critic, rate)
-        pairs = zip(slow_critic.parameters(), critic.parameters(), strict=True)
-        gaps.append((rate, max((a - b).abs().max().item() for a, b in pairs)))
-
-    monkeypatch.setattr(dreamerv3, "follow", spy)
-    play(SCRIPT, f"{TINY} --env-id CartPole-v1 --lr 0.01 --warmup 1")
-    assert gaps[0] == (1.0, 0.0)
-    assert all(rate == 0.02 for rate, _ in gaps[1:])
-    assert gaps[-1][1] > 0
-
-
 def test_an_agent_is_evaluated_with_samples_or_the_mode(place, capsys):
     folder = play(SCRIPT, f"{TINY} --env-id Pendulum-v1")
     results = []

@@ -89,9 +89,7 @@ def train(command, env_id, updates, folder, seed=1):
         if i >= 0:
             batch = replay.sample(args.batch_size, args.batch_length)
             dreamer.update(agent, optimizers, batch, args)
-            if v3:
-                dreamer.follow(agent["slow_critic"], agent["critic"], args.slow_rate if i else 1.0)
-            elif not v1 and i % args.slow_update == 0:
+            if name == "dreamerv2" and i % args.slow_update == 0:
                 agent["slow_critic"].load_state_dict(agent["critic"].state_dict())
 
     rows = []
