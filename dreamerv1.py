@@ -725,7 +725,8 @@ def main(args):
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
     capacity = replay_capacity(args)
     replay_bytes = capacity * args.num_envs * common.row_bytes(shapes)
-    run, is_new = runtime.open_run(config, shapes, replay_bytes)
+    checkpoint_bytes = runtime.checkpoint_bytes(agent)
+    run, is_new = runtime.open_run(config, shapes, replay_bytes, checkpoint_bytes)
     runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)

@@ -162,7 +162,7 @@ def symexp(x):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm, in float32: a CPU would sum bfloat16 gradients in bfloat16.
+    """Root-mean-square norm, in float32.
 
     x: (..., U), or images (batch, C, H, W) with a norm over the channels of each pixel.
     """
@@ -930,7 +930,8 @@ def main(args):
     batch_size = math.ceil(args.batch_size / runtime.WORLD)  # the share of this process
     capacity = replay_capacity(args)
     replay_bytes = capacity * args.num_envs * common.row_bytes(shapes)
-    run, is_new = runtime.open_run(config, shapes, replay_bytes)
+    checkpoint_bytes = runtime.checkpoint_bytes(agent)
+    run, is_new = runtime.open_run(config, shapes, replay_bytes, checkpoint_bytes)
     runtime.seed_process(args.seed)  # weights are the same in every process, later noise is not
     replay_folder = runtime.rank_folder(run) / "replay"
     replay = common.Replay(replay_folder, capacity, shapes, args.num_envs, device)

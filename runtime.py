@@ -516,11 +516,16 @@ def is_free(run):
         return False
 
 
-def open_run(args, shapes, replay_bytes):
+def checkpoint_bytes(agent):
+    """Room for checkpoints: weights and two averages of each, three times while one is written."""
+    return 3 * 12 * sum(p.numel() for p in agent.parameters())
+
+
+def open_run(args, shapes, replay_bytes, checkpoint_bytes=0):
     """Finds the folder of --resume, or makes that of a new run -> run, whether it is new.
 
-    args: a dict; shapes: of what a row holds, a dict; replay_bytes: room that this process needs
-    on the disk, or UserError.
+    args: a dict; shapes: of what a row holds, a dict; replay_bytes: room that the replay of this
+    process needs on the disk; checkpoint_bytes: that of the run. UserError if there is not enough.
     """
     if any(other != args for other in all_gather(args)):
         raise UserError("the processes have to be started with the same flags")
@@ -528,11 +533,11 @@ def open_run(args, shapes, replay_bytes):
     run = from_start(args["resume"] or Path("runs") / name.replace("/", "-").replace(":", "-"))
     run, is_new = all_gather((run, is_free(run)))[0]
     if is_new:
-        needed = replay_bytes * WORLD / 2**30
+        needed = (replay_bytes * WORLD + checkpoint_bytes) / 2**30
         disk = next(folder for folder in (run, *run.parents) if folder.exists())
         free = shutil.disk_usage(disk).free / 2**30
         if needed > free:
-            raise UserError(f"the replay takes {needed:.1f} GiB of {free:.1f} free: "
+            raise UserError(f"replay and checkpoints take {needed:.1f} GiB of {free:.1f} free: "
                             "lower --replay-size")  # fmt: skip
         if RANK == 0:
             for rank in range(WORLD):
@@ -581,9 +586,11 @@ def describe(args, device, agent, replay, observations, updates):
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
     gib = sum(data.nbytes for data in replay.data.values()) / 2**30
+    rows = replay.capacity * replay.num_envs
+    of_each = " in each process" if WORLD > 1 else ""
     processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
     print(f"{args.env_id} on {device} in {args.precision}{processes}: {observations}")
-    print(f"parameters: {sizes}; replay {replay.capacity:,} rows, {gib:.2f} GiB")
+    print(f"parameters: {sizes}; replay {rows:,} rows, {gib:.2f} GiB{of_each}")
     steps = args.total_frames // args.action_repeat
     print(f"{updates:,} updates in {steps:,} agent steps, {updates / max(steps, 1):.3g} per step")
 

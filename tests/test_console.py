@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import TINY, checkpoint, metrics, play, run, without_clock
+from helpers.runs import (
+    EVERY_SCRIPT, TINY, TINY_V3, checkpoint, metrics, play, run, without_clock,
+)  # fmt: skip
 
 import runtime
 
@@ -15,15 +17,17 @@ ELSEWHERE = """import gymnasium as gym
 gym.register("Short-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=5)
 """
 CARTPOLE = f"--env-id CartPole-v1 {TINY} --total-frames 300 --eval-every 100 --log-every 50"
+IN = {"dreamerv1.py": CARTPOLE, "dreamerv2.py": CARTPOLE}
+IN["dreamerv3.py"] = CARTPOLE.replace(TINY, TINY_V3)
 
 
-@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+@EVERY_SCRIPT
 def test_the_estimate_changes_no_weight_and_no_later_number(script, tmp_path, monkeypatch, capsys):
     folders = []
     for name in ("with", "without"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        folders.append(play(script, CARTPOLE).resolve())
+        folders.append(play(script, IN[script]).resolve())
         monkeypatch.setattr(runtime, "print_estimate", lambda *inputs: None)
     assert capsys.readouterr().out.count(" updates to come, about ") == 1
     rows = [without_clock(metrics(folder)) for folder in folders]
@@ -32,12 +36,12 @@ def test_the_estimate_changes_no_weight_and_no_later_number(script, tmp_path, mo
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+@EVERY_SCRIPT
 def test_the_estimate_counts_the_updates_that_the_run_then_makes(
     script, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    folder = play(script, CARTPOLE)
+    folder = play(script, IN[script])
     said = [line for line in capsys.readouterr().out.splitlines() if "updates to come" in line]
     assert said[0].split()[0] == str(metrics(folder)[-1]["updates"])
 

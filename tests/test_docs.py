@@ -486,7 +486,7 @@ def test_the_docs_repeat_what_the_readme_and_the_scripts_say():
     assert change in blocks("diff", [ROOT / "docs" / "changing.md"])
     [row_table] = [text for text in DOCS["reading.md"].split("```") if "is_terminal " in text]
     indented = row_table.strip("\n").replace("\n", "\n    ")
-    assert all(indented in script.__doc__ for script in SCRIPTS)
+    assert all(indented in script.__doc__ for script in ALL)
 
 
 def test_ci_runs_the_line_that_the_readme_gives():

@@ -14,7 +14,6 @@ from torch import nn
 
 import common
 import dreamerv3
-import runtime
 
 BOTH = ("image", "vector")
 
@@ -304,6 +303,24 @@ def test_losses_in_bfloat16_are_close_and_statistics_in_float32(discrete):
     assert all(value.dtype == torch.float32 for value in values)
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+def test_last_layers_of_heads_and_actor_are_in_float32_under_bfloat16(discrete):
+    x = v3(discrete=discrete)
+    nn.init.normal_(x.critic.out.weight)
+    nn.init.normal_(x.actor.out.weight)
+    feat = torch.randn(5, x.rssm.feat_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = x.critic.mlp(feat), x.actor.mlp(feat)
+        logits = x.critic.logits(feat)
+        policy = x.actor(feat)
+    assert torch.equal(logits, x.critic.out(hidden[0].float()))
+    out = x.actor.out(hidden[1].float())
+    if discrete:
+        assert torch.equal(policy.logit, dreamerv3.unimix(out, x.args.unimix))
+    else:
+        assert torch.equal(policy.mean, torch.tanh(out))
+
+
 def test_a_resumed_optimizer_keeps_its_count_where_the_weights_are():
     weight = nn.Parameter(torch.ones(3, device="meta"))
     saved = {"step": torch.tensor(7.0), "square": torch.ones(3), "momentum": torch.ones(3)}
@@ -341,12 +358,17 @@ def test_sizes_follow_from_one_flag_and_from_those_that_are_given():
         2048, 256, 100, 16, 16,
     )  # fmt: skip
     assert args.actor_dist == "onehot"
-    wrong = dreamerv3.Args(deter=100)
-    with pytest.raises(runtime.UserError, match="--deter 100 has to be a multiple of --blocks 8"):
-        dreamerv3.resolve_auto(wrong, torch.device("cpu"), discrete=True)
-    wrong = dreamerv3.Args(actor_dist="onehot")
-    with pytest.raises(runtime.UserError, match="--actor-dist onehot is not for"):
-        dreamerv3.resolve_auto(wrong, torch.device("cpu"), discrete=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "precision"),
+    [("cpu", None, "float32"), ("cuda", True, "bfloat16"), ("cuda", False, "float32")],
+)
+def test_auto_is_bfloat16_where_a_gpu_has_it(device, native, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    args = dreamerv3.Args()
+    dreamerv3.resolve_auto(args, torch.device(device), discrete=False)
+    assert (args.precision, args.actor_dist) == (precision, "normal")
 
 
 def test_the_slow_critic_begins_as_a_copy_and_goes_a_share_of_the_way_in_each_update():

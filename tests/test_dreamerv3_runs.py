@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.processes import finish, start
 from helpers.runs import (
-    checkpoint, counters, metrics, module_of, parse, play, run, signal_after, the_run, values,
-    without_clock,
+    TINY_V3, UNCLOSED, checkpoint, counters, metrics, module_of, parse, play, run, signal_after,
+    the_error, the_run, values, without_clock,
 )  # fmt: skip
 
 import common
@@ -19,9 +19,8 @@ import dreamerv3
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
 SCRIPT = "dreamerv3.py"
-TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --classes 4
-    --blocks 2 --cnn-depth 2 --imag-horizon 3 --train-ratio 1 --eval-episodes 2 --threads 1
-    --total-frames 300 --log-every 50 --eval-every 100 --video-every 150"""
+TINY = f"{TINY_V3} --imag-horizon 3 --total-frames 300 --log-every 50 --eval-every 100"
+TINY += " --video-every 150"
 
 
 @pytest.mark.parametrize("flags", [
@@ -98,8 +97,19 @@ def test_an_agent_is_evaluated_with_samples_or_the_mode(place, capsys):
     assert float(results[0].split()[1]) == pytest.approx(last, abs=0.06)
 
 
+@UNCLOSED
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(place, capsys):
+    """The second update moves the weights by 1e9, and the gradients of the third have no number."""
+    flags = "--env-id CartPole-v1 --lr 1e9 --warmup 1 --checkpoint-every 20 --eval-every 0"
+    folder = play(SCRIPT, f"{TINY} {flags}", 1)
+    saved = checkpoint(folder)
+    assert saved["counters"]["step"] == 40
+    assert all(torch.isfinite(weight).all() for weight in saved["agent"].values())
+    assert the_error(capsys.readouterr().err).startswith("error: not finite at update 2: ")
+
+
 @pytest.mark.slow
-def test_processes_share_the_batch_and_keep_equal_weights(tmp_path):
+def test_two_processes_count_steps_and_updates_together(tmp_path):
     flags = f"{TINY} --env-id CartPole-v1 --batch-size 4"
     finish(start(SCRIPT, flags, tmp_path, torchrun="--nproc-per-node 2"))
     folder = the_run(tmp_path)

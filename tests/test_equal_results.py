@@ -19,7 +19,7 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import agents
-from helpers.agents import SHAPES, TWINS, A, B, T, V
+from helpers.agents import SCRIPTS, SHAPES, TWINS, A, B, T, V
 from helpers.processes import start
 from helpers.runs import UNCLOSED, the_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -351,7 +351,7 @@ class RecordedAnywhere(runtime.Captured):
             agent, *optimizers = function.args
             parts = [agent]
             for several in optimizers:
-                parts += several.values()
+                parts += several.values() if isinstance(several, dict) else [several]
             self.graph = FakeGraph(parts, self.fails)
             self.function = self.graph.wrap(function)
 
@@ -359,12 +359,16 @@ class RecordedAnywhere(runtime.Captured):
 SHORT_RUN = """--env-id CartPole-v1 --num-envs 2 --total-frames 90 --prefill 40 --batch-length 8
     --batch-size 4 --train-every 4 --pretrain 1 --eval-episodes 1 --log-every 20 --deter 16
     --hidden 16 --units 16 --stoch 4 --threads 1 --imag-horizon 3"""
+SHORT_RUN_V3 = """--env-id CartPole-v1 --num-envs 2 --total-frames 90 --batch-length 8
+    --batch-size 4 --train-ratio 6 --eval-episodes 1 --log-every 20 --deter 16 --hidden 16
+    --units 16 --stoch 4 --classes 4 --threads 1 --imag-horizon 3"""
 
 
 def run_here(script, flags, folder):
     """A short run in this process, with RUN in `folder` -> rows of metrics without clocks."""
-    module = TWINS[script]
-    argv = f"{SHORT_RUN} {flags} --resume {folder}".split()
+    module = SCRIPTS[script]
+    short = SHORT_RUN_V3 if module is dreamerv3 else SHORT_RUN
+    argv = f"{short} {flags} --resume {folder}".split()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         args = runtime.parse_args(module.Args, module.PRESETS, common.choose_preset, argv)
@@ -378,7 +382,7 @@ def run_here(script, flags, folder):
 
 
 @pytest.mark.usefixtures("streams")
-@pytest.mark.parametrize("script", TWINS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_has_the_same_numbers_recorded_or_not_or_if_that_fails(
     script, monkeypatch, tmp_path, capsys
 ):
@@ -537,7 +541,7 @@ def test_gradients_in_bfloat16_are_those_of_float32_however_many_rows_they_sum(s
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo asks for it
-@pytest.mark.parametrize("kind", ["v1", "v2"])
+@pytest.mark.parametrize("kind", ["v1", "v2", "v3"])
 def test_fifty_updates_with_compiled_steps_have_the_losses_of_plain_ones(kind):
     histories = []
     for compiled in (False, True):
@@ -559,9 +563,10 @@ def test_fifty_updates_with_compiled_steps_have_the_losses_of_plain_ones(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("script", TWINS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_with_compile_learns(script, tmp_path):
-    flags = "--env-id CartPole-v1 --total-frames 1100 --eval-episodes 1 --pretrain 3 --compile"
+    flags = "--env-id CartPole-v1 --total-frames 1100 --eval-episodes 1 --compile"
+    flags += " --train-ratio 6" if script == "dreamerv3" else " --pretrain 3"
     process = start(f"{script}.py", flags, tmp_path)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
@@ -607,7 +612,7 @@ def timed_run(script, flags, folder, monkeypatch):
     """A run with slow environments -> rows of metrics, when steps and updates were under way."""
     steps = folder.with_suffix(".steps")
     monkeypatch.setenv("STEPS_FILE", str(steps))
-    module = TWINS[script]
+    module = SCRIPTS[script]
     original = module.update
     updates = []
 
@@ -630,7 +635,7 @@ def overlaps(steps, updates):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", TWINS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatch, tmp_path):
     plain, steps, updates = timed_run(script, "", tmp_path / "plain", monkeypatch)
     assert len(steps) >= 90

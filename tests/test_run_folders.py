@@ -154,7 +154,7 @@ def test_a_disk_that_is_too_small_is_a_user_error_before_there_is_a_run(
     monkeypatch.setattr(runtime, "WORLD", processes)
     monkeypatch.setattr(runtime, "all_gather", lambda value: [value] * processes)
     with pytest.raises(runtime.UserError, match=r"4\.0 GiB of 3\.0 free.*--replay-size"):
-        runtime.open_run(arguments(resume=resume), {}, 4 * 2**30 / processes)
+        runtime.open_run(arguments(resume=resume), {}, 3 * 2**30 / processes, 2**30)
     assert not list(place.iterdir())
     folder, _ = runtime.open_run(arguments(resume=resume), {}, 2.9 * 2**30 / processes)
     assert folder == (place / resume if resume else the_run(place))

@@ -14,7 +14,7 @@ import yaml
 from helpers.command_lines import outcome
 from helpers.processes import ROOT, finish, start
 from helpers.runs import (
-    TINY, checkpoint, contents, counters, metrics, module_of, play, the_run,
+    EVERY_SCRIPT, TINY, TINY_V3, checkpoint, contents, counters, metrics, module_of, play, the_run,
     without_clock,
 )  # fmt: skip
 from PIL import Image
@@ -26,12 +26,13 @@ pytestmark = pytest.mark.usefixtures("no_estimate")
 
 TINY = f"{TINY} --train-every 20 --total-frames 300"
 SMALL = {"dreamerv1.py": f"{TINY} --train-steps 1", "dreamerv2.py": TINY}
+SMALL["dreamerv3.py"] = f"{TINY_V3} --total-frames 300"
 
 
 def assert_learnt(rows):
     """Updates beyond those of pretraining, losses of all three, evaluation, nothing infinite."""
     tags = set().union(*rows)
-    assert tags >= {"losses/model", "losses/kl", "losses/reward", "losses/actor", "losses/critic"}
+    assert tags >= {"losses/model", "model/kl", "losses/reward", "losses/actor", "losses/critic"}
     assert tags >= {"eval/episodic_return", "replay/rows"}
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(list(row)[:3] == ["frames", "updates", "seconds"] for row in rows)
@@ -125,6 +126,7 @@ def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(script, p
     assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
 
 
+@EVERY_SCRIPT
 def test_a_turn_acts_then_learns_and_then_observes(script, place, monkeypatch):
     turns = []
 
@@ -273,6 +275,7 @@ def test_environments_in_processes_of_their_own_give_the_numbers_of_those_in_tur
         assert torch.equal(weight, weights[1][name]), name
 
 
+@EVERY_SCRIPT
 @pytest.mark.slow
 def test_capture_video_films_an_episode_of_each_evaluation(script, place):
     flags = f"--env-id CartPole-v1 {SMALL[script]} --pixels --eval-every 250 --video-every 250"
@@ -298,6 +301,8 @@ FULL_SIZE = [
     ("dreamerv1.py", f"{WALKER} --total-frames 406 --train-steps 1 --prefill 400 --train-every 2"),
     ("dreamerv2.py", f"{PONG} --prefill 500"),
     ("dreamerv2.py", f"{WALKER} --total-frames 430 --prefill 200"),
+    # 16 environments; their first batch is there after 1120 steps of 4 frames.
+    ("dreamerv3.py", "--env-id PongNoFrameskip-v4 --total-frames 4800 --log-every 64 --size 12m"),
 ]
 
 

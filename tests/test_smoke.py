@@ -8,7 +8,7 @@ from helpers.processes import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+@pytest.mark.parametrize("script", ["dreamerv2.py", "dreamerv3.py"])
 def test_a_script_that_learns_passes(script, capfd):
     assert smoke.main([str(ROOT / script)]) == 0
     assert f"{script} learned: the best is " in capfd.readouterr().out

@@ -17,13 +17,14 @@ import gymnasium as gym
 import pytest
 from helpers.command_lines import bounded, refuse, small_args, the_line, write_args
 from helpers.processes import finish, start
-from helpers.runs import SCRIPTS, TINY
+from helpers.runs import SCRIPTS, TINY, TINY_V3
 from hypothesis import given
 from hypothesis import strategies as st
 
 import runtime
 
 SHORT = f"{TINY} --total-frames 220"
+SHORT_V3 = f"{TINY_V3} --total-frames 220"
 
 ENVS = """
 import gymnasium as gym
@@ -163,9 +164,9 @@ def place(tmp_path_factory):
         sys.modules.pop(name, None)
 
 
-def open_no_new_run(args, shapes, replay_bytes, open_run=runtime.open_run):
+def open_no_new_run(*inputs, open_run=runtime.open_run):
     """Opens a run that exists; one that must not begin is put away, unseen by other tests."""
-    folder, is_new = open_run(args, shapes, replay_bytes)
+    folder, is_new = open_run(*inputs)
     if is_new:
         shutil.rmtree(folder)
         shutil.rmtree("runs", ignore_errors=True)
@@ -175,7 +176,9 @@ def open_no_new_run(args, shapes, replay_bytes, open_run=runtime.open_run):
 
 def refuse_line(script, flags):
     """What the script says, in one line, about flags that it must refuse, with nothing written."""
-    sizes = [] if "--resume" in flags or "--evaluate" in flags else shlex.split(SHORT)
+    sizes = shlex.split(SHORT_V3 if script == "dreamerv3.py" else SHORT)
+    if "--resume" in flags or "--evaluate" in flags:
+        sizes = []
     flags = flags if isinstance(flags, list) else shlex.split(flags)
     before = contents()
     line = the_line(refuse(script, sizes + flags))
@@ -308,7 +311,7 @@ IN_EACH_SCRIPT = {
     "--env-id CartPole-v1 --num-envs 40": "--batch-length 7 > --prefill",
     "--env-id CartPole-v1 --prefill 0": "--batch-length 7 > --prefill",
     "--env-id Pendulum-v1 --pixels --replay-size 2000000000 --total-frames 2000000000":
-        "the replay takes .* GiB of .* free: lower --replay-size",
+        "replay and checkpoints take .* GiB of .* free: lower --replay-size",
     "--resume {0}/foreign": r"foreign is no run folder .*: TypeCheckError: .* key\(s\): ",
     "--evaluate {0}/foreign": r"foreign is no run folder .*: TypeCheckError: .* key\(s\): ",
 }  # fmt: skip
@@ -327,6 +330,17 @@ IN_ONE_SCRIPT = [
         "dreamerv2.py",
         "--env-id CartPole-v1 --num-envs 30",
         "--batch-length 7 > --prefill",
+    ),
+    *(
+        ("dreamerv3.py", f"--env-id CartPole-v1 {flags}", said)
+        for flags, said in {
+            "--actor-dist normal": "--actor-dist normal is not for CartPole-v1's actions",
+            "--blocks 5": "--deter 16 has to be a multiple of --blocks 5",
+            "--pixels --blocks 16": "4 \\* --cnn-depth 2 is no multiple of --blocks 16",
+            "--batch-length 199 --replay-size 200": "takes 201 rows, .* leave an environment 200",
+            "--batch-size 1226": "--batch-length 7 with --batch-size 1226 takes 1232 rows, ",
+            "--batch-size 1226 --num-envs 3": "takes 415 rows, .* leave an environment 410",
+        }.items()
     ),
 ]
 FOLDERS = {name: f"{name} is no run folder .*: {error}" for name, (_, error) in NO_RUNS.items()}

@@ -17,6 +17,8 @@ import common
 import runtime
 
 SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
+# For what each does in code of its own, as the turn of acting, learning and reporting.
+EVERY_SCRIPT = pytest.mark.parametrize("script", [*SCRIPTS, "dreamerv3.py"])
 # For what both do in shared code: one shows it, and the other one among the slow tests.
 ONE_SCRIPT = pytest.mark.parametrize(
     "script", [pytest.param("dreamerv1.py", marks=pytest.mark.slow), "dreamerv2.py"]
@@ -26,6 +28,8 @@ UNCLOSED = pytest.mark.filterwarnings(  # a process that ends closes its files b
 )
 TINY = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --cnn-depth 2
     --pretrain 2 --prefill 200 --eval-episodes 2 --threads 1"""
+TINY_V3 = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --classes 4
+    --blocks 2 --cnn-depth 2 --train-ratio 1 --eval-episodes 2 --threads 1"""
 CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}  # differ from run to run
 
 
