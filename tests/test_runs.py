@@ -301,8 +301,8 @@ FULL_SIZE = [
     ("dreamerv1.py", f"{WALKER} --total-frames 406 --train-steps 1 --prefill 400 --train-every 2"),
     ("dreamerv2.py", f"{PONG} --prefill 500"),
     ("dreamerv2.py", f"{WALKER} --total-frames 430 --prefill 200"),
-    # 16 environments; their first batch is there after 1120 steps of 4 frames.
-    ("dreamerv3.py", "--env-id PongNoFrameskip-v4 --total-frames 4800 --log-every 64 --size 12m"),
+    # 16 environments, whose first batch is there after 1024 steps of 4 frames.
+    ("dreamerv3.py", "--env-id PongNoFrameskip-v4 --total-frames 4224 --log-every 64 --size 12m"),
 ]
 
 
