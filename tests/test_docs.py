@@ -711,11 +711,17 @@ def apply(diff, source):
     return source
 
 
+CHANGING_V3 = ROOT / "docs" / "changing-v3.md"
+OF_THE_TWINS = [page for page in PAGES if page not in (FROM_PYTHON, CHANGING_V3)]
 DIFFS = [
     pytest.param(script.values[0], diff, id=f"{script.id}-{i}", marks=script.marks)
-    for i, diff in enumerate(dict.fromkeys(blocks("diff", [p for p in PAGES if p != FROM_PYTHON])))
+    for i, diff in enumerate(dict.fromkeys(blocks("diff", OF_THE_TWINS)))
     for script in EITHER
     if script.id == "dreamerv2" or not re.search("slow_critic|advantage", diff)  # V2's alone
+]
+DIFFS += [
+    pytest.param(dreamerv3, diff, id=f"dreamerv3-{i}")
+    for i, diff in enumerate(blocks("diff", [CHANGING_V3]))
 ]
 
 
