@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -242,6 +243,8 @@ class DreamerSpaces(gym.Wrapper):
         if odd:
             names = ", ".join("the observation" if k is None else k for k in odd)
             parts.append(f"{names} taken as vector and not as image, since not of uint8")
+        if not self.has_limit:
+            parts.append("an episode that does not end by itself needs a --time-limit")
         return ", ".join(parts)
 
     @property
@@ -392,7 +395,6 @@ class Envs:
         self.shapes = {key: box.shape for key, box in observations}  # what a row holds
         self.shapes |= {"action": space.shape, "reward": (), "is_first": (), "is_terminal": ()}
         self.summary = self.vector.get_attr("summary")[0]
-        self.has_limit = self.vector.get_attr("has_limit")[0]
         self.in_flight = False  # whether a step was sent and not received
         self.ended = np.ones(num_envs, bool)  # whether the last row ended an episode
         self.returns = np.zeros(num_envs)  # sum of the rewards of each episode
@@ -502,9 +504,10 @@ class Envs:
             yield
         except (EOFError, ConnectionError):
             self.vector.closed = True  # gymnasium would wait for its answer
-            for process in self.vector.processes:
-                process.join(timeout=1)  # seconds
-            dead = [process.exitcode is not None for process in self.vector.processes]
+            processes = self.vector.processes
+            sentinels = [process.sentinel for process in processes]
+            multiprocessing.connection.wait(sentinels, timeout=1)  # second, for the one that died
+            dead = [process.exitcode is not None for process in processes]
             i = dead.index(True) if any(dead) else 0
             which = self.env_id, self.seed, self.indices[i], self.episodes[i] - 1
             raise failure(*which, "its process died") from None
@@ -514,13 +517,6 @@ class Envs:
         if self.parallel:  # all of them are asked
             return self.vector.render()[0]
         return self.vector.envs[0].render()
-
-    def warn_if_endless(self):
-        """Says so if no episode has ended so far and nothing promises that one will."""
-        steps = self.lengths.max()  # 0 if the run was only just resumed
-        ended = self.episodes.max() > 1 or self.ended.any()  # or one ended with the last row
-        if not self.has_limit and not ended and steps > 0:
-            print(f"no episode of {self.env_id} ended in {steps} steps, consider --time-limit")
 
     def close(self):
         try:
@@ -560,8 +556,9 @@ def make_in_process(maker):
 
 def start_processes(makers):
     """A vector of environments with a process each."""
-    gym.logger.min_level = gym.logger.ERROR + 1  # explain_failure says it
-    # Ctrl-C in a terminal reaches the processes as well, which have to finish their steps.
+    gym.logger.min_level = gym.logger.ERROR + 1  # name_failures says it
+    # Ctrl-C in a terminal reaches the processes as well, which have to finish their steps. They
+    # inherit that it is ignored, until make_in_process runs in them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         makers = [partial(make_in_process, maker) for maker in makers]
@@ -626,7 +623,9 @@ class Film:
 # Replay
 
 DTYPES = {"image": np.uint8, "is_first": np.bool_}  # of what is kept; the rest is float32
-MOST, CAPACITY, END = range(3)  # in written.npy: most rows ever written, capacity, rows in all
+# In written.npy: most rows ever written, capacity, rows in all. After a resume MOST is above END
+# if slots were overwritten by rows that the checkpoint does not know.
+MOST, CAPACITY, END = range(3)
 
 
 def row_bytes(shapes):

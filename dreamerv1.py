@@ -794,8 +794,6 @@ def main(args):
                 break  # the step in flight is dropped: nothing of it was stored
 
             # Report what became due since the last report; save before an evaluation can fail.
-            if due(args.log_every) and last_report < args.log_every:  # for the first time
-                envs.warn_if_endless()
             if due(args.checkpoint_every):
                 save()
             if due(args.eval_every) and (updates or finished):

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -85,7 +86,8 @@ def explain(text, *errors, kind=UserError):
     try:
         yield
     except errors as error:
-        raise kind(f"{text}: {one_line(error)}") from None
+        place = place_of(error, in_packages=False)
+        raise kind(f"{text}: {one_line(error)}{place}") from None
 
 
 def one_line(error):
@@ -93,15 +95,15 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def place_of(error):
+def place_of(error, in_packages=True):
     """Where an error was raised, " (file:line)": in the user's code, or else in a package."""
     ours = (__file__, str(Path(__file__).with_name("common.py")))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
-    own = [f for f in frames if "site-packages" not in f.filename]
-    if not frames:
-        return ""
-    last = own[-1] if own else frames[-1]
-    return f" ({last.filename}:{last.lineno})"
+    cause = error.__cause__ or error  # gymnasium raises a TypeError anew
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename not in ours]
+    of_others = ("site-packages", sysconfig.get_path("stdlib"), "<frozen")
+    own = [f for f in frames if not any(place in f.filename for place in of_others)]
+    found = own or (frames if in_packages else [])
+    return f" ({found[-1].filename}:{found[-1].lineno})" if found else ""
 
 
 class Terminal:
@@ -118,7 +120,7 @@ class Terminal:
         with contextlib.suppress(OSError):
             self.stream.flush()
 
-    def __eq__(self, other):  # so that tqdm knows it for the stream of a bar
+    def __eq__(self, other):  # so that tqdm knows it for the stream of a bar, and clears that
         return self.stream is getattr(other, "stream", other)
 
     def __getattr__(self, name):
@@ -164,16 +166,6 @@ def leave(code, error):
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def restore_signals():
-    """Lets signals do what they do by default, in a process that an environment forks."""
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-
-
-os.register_at_fork(after_in_child=restore_signals)
-
-
 class Interrupt(contextlib.AbstractContextManager):
     """Lets a loop end between two steps: on Ctrl-C (code 130; a second one ends at once), on
     SIGTERM (143) or SIGHUP (129), or because an environment failed (1). What follows the loop
@@ -183,12 +175,16 @@ class Interrupt(contextlib.AbstractContextManager):
     def __init__(self):
         self.code = 0  # the exit code on which all processes agreed
         self.received = 0  # the exit code of a signal to this process
+        self.process = os.getpid()
         for number in SIGNALS:
             by_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
             if not by_nohup:
                 signal.signal(number, self.receive)
 
     def receive(self, number, frame):
+        if os.getpid() != self.process:  # one that an environment forked ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.received = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
@@ -201,10 +197,10 @@ class Interrupt(contextlib.AbstractContextManager):
         return self.code
 
     def __exit__(self, kind, error, trace):
-        if kind not in (ChildProcessError, ElsewhereError):
+        if not isinstance(error, ChildProcessError):
             return False
         self.code = self.code or self.received or 1
-        if kind is ChildProcessError:
+        if not isinstance(error, ElsewhereError):  # it was here
             if not self.received:  # a signal to a process group ends those of environments, too
                 tqdm.write(f"error: {error}", file=sys.stderr)
             all_gather(ENVIRONMENTS_FAILED)
@@ -581,15 +577,15 @@ def write_args(run, args):
     new.replace(run / "args.yaml")
 
 
-def describe(args, device, agent, replay, observations, updates):
-    """Prints what a run consists of; observations: a line of text; updates: of the whole run."""
+def describe(args, device, agent, replay, spaces, updates):
+    """Prints what a run consists of; spaces: a line of text; updates: of the whole run."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.items()}
     sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
     gib = sum(data.nbytes for data in replay.data.values()) / 2**30
     rows = replay.capacity * replay.num_envs
     of_each = " in each process" if WORLD > 1 else ""
     processes = f", {WORLD} processes share batches and frames" if WORLD > 1 else ""
-    print(f"{args.env_id} on {device} in {args.precision}{processes}: {observations}")
+    print(f"{args.env_id} on {device} in {args.precision}{processes}: {spaces}")
     print(f"parameters: {sizes}; replay {rows:,} rows, {gib:.2f} GiB{of_each}")
     steps = args.total_frames // args.action_repeat
     print(f"{updates:,} updates in {steps:,} agent steps, {updates / max(steps, 1):.3g} per step")
@@ -682,7 +678,8 @@ def resume_command(run, env_id):
 
 # Checkpoints
 
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt")  # the newest first
+# In the order of trying; the second is whole and the first missing after a crash between renames.
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.old.pt")
 
 
 def save_checkpoint(run, parts, counters):
@@ -833,7 +830,10 @@ class Metrics:
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def state_dict(self):
-        """Raises FloatingPointError as `read` does: no checkpoint follows a bad update."""
+        """Raises FloatingPointError as `read` does: no checkpoint follows a bad update.
+
+        Every process has to call it.
+        """
         return self.read()
 
     def load_state_dict(self, state):
@@ -865,12 +865,15 @@ class Logger:
         self.run = run
         self.total_updates = total_updates
         self.frames = 0
+        self.begin = 0  # frames with which the run began or goes on
         self.learning = None  # whether it has begun
         self.since = None  # time, frames and updates when that began, or the run went on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
         if args["track"] and RANK == 0:
+            import wandb
+
             with explain("--track", Exception):
-                sys.modules["wandb"].init(
+                wandb.init(
                     project=args["wandb_project_name"], entity=args["wandb_entity"],
                     name=run.name, id=run.name, resume="allow", config=args, sync_tensorboard=True,
                 )  # fmt: skip
@@ -888,7 +891,7 @@ class Logger:
     @cached_property
     def writer(self):
         """Of TensorBoard, which forgets what a resumed run logs again."""
-        return SummaryWriter(self.run, purge_step=self.bar.initial + 1)
+        return SummaryWriter(self.run, purge_step=self.begin + 1)
 
     def state_dict(self):
         seconds = time.time() - self.began
@@ -898,7 +901,8 @@ class Logger:
     def load_state_dict(self, state):
         """Goes back to the log of a checkpoint; rows that came after it come again."""
         self.began = time.time() - state["seconds"]
-        self.frames = self.bar.n = self.bar.initial = state["frames"]
+        self.frames = self.begin = state["frames"]
+        self.bar.n = self.bar.initial = min(self.frames, self.bar.total)
         if RANK == 0:
             size = min(state["bytes"], self.file.tell())
             self.file.truncate(size)
@@ -921,8 +925,9 @@ class Logger:
             left = tqdm.format_interval(max(0, self.total_updates - updates) * per_update)
         said = f"{left}, {speed:.0f} frames/s, {updates} updates"
         self.bar.bar_format = BAR_BEGIN + said + BAR_END
-        self.bar.update(frames - self.frames)
         self.frames = frames
+        # Several environments may step past the end, of which tqdm would lose its total.
+        self.bar.update(min(frames, self.bar.total) - self.bar.n)
 
     def log(self, metrics, frames, updates):
         """Writes a row; metrics: dict of tag -> number. The speed is that of the whole run."""
@@ -962,7 +967,8 @@ def save_gif(path, film):
     """film: (T, H, W) or (T, H, W, 3) uint8, or (T, B, C, H, W) in [0, 1], B side by side."""
     if torch.is_tensor(film):
         film = (255 * film.clamp(0, 1)).byte().cpu()
-        film = film.permute(0, 3, 1, 4, 2).flatten(2, 3).squeeze(3)  # (T, H, B * W, C)
+        film = film.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, H, B * W, C)
+        film = film.squeeze(3)  # of gray images
     path.parent.mkdir(exist_ok=True)
     imageio.imwrite(path, np.asarray(film), duration=50, loop=0)  # ms per frame
 
@@ -976,8 +982,9 @@ UNUSABLE = "CUDA cannot be used after a failed recording: --resume with --no-gra
 class Captured:
     """A function of dicts of tensors, which a GPU records at the fourth call and then replays.
 
-    Inputs, numpy arrays too, are moved to the device. The outputs are written over by the next
-    call. A function that cannot be recorded, and any function on a CPU, is called each time.
+    Inputs, numpy arrays too, are moved to the device; keys and shapes stay those of the first
+    call. The outputs are written over by the next one. A function that cannot be recorded, and
+    any function on a CPU, is called each time.
     """
 
     def __init__(self, function, device, enabled):

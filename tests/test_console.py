@@ -77,6 +77,7 @@ def test_the_bar_says_random_play_and_then_the_time_of_the_updates_to_come(tmp_p
     assert "<01:30, 0 frames/s, 5 updates]" in bar(18, 200, 5)
     assert "<01:28, 10 frames/s, 6 updates]" in bar(20, 300, 6)
     assert "<00:00, 2 frames/s, 50 updates]" in bar(110, 400, 50)
+    assert "400/400" in bar(110, 407, 50)  # several environments step past the end
     logger.close()
 
 

@@ -21,15 +21,6 @@ import runtime
 
 SHORT = f"{TINY} --prefill 40 --total-frames 80 --train-every 20 --log-every 40"
 
-V3 = TINY.replace("--pretrain 2 --prefill 200", "--classes 4 --blocks 2")
-SHORT_V3 = f"{V3} --total-frames 80 --train-ratio 1 --log-every 40"
-
-
-class Forty(Basic):
-    """Its first episode ends with random play, and in V3 with the first row of losses."""
-
-    length = 40
-
 
 # What they do to a run
 def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, monkeypatch, capsys):
@@ -43,21 +34,12 @@ def test_an_evaluated_episode_has_a_bound_and_its_return_so_far_counts(place, mo
     assert out.startswith("return 30.0 +- 0.0 in 2 episodes, 2 of them cut short, runs/")
 
 
-@pytest.mark.parametrize(("script", "short"), [
-    ("dreamerv2.py", SHORT), ("dreamerv3.py", SHORT_V3),
-], ids=["dreamerv2", "dreamerv3"])  # fmt: skip
-@pytest.mark.parametrize(("cls", "options", "flags", "warned"), [
-    (Endless, {}, "", True), (Endless, {"max_episode_steps": 500}, "", False),
-    (Endless, {}, "--eval-envs 0 --eval-every 40", True),
-    (Endless, {}, "--time-limit 500", False), (Basic, {}, "", False), (Forty, {}, "", False),
+@pytest.mark.parametrize(("options", "flags", "limited"), [
+    ({}, {}, False), ({"max_episode_steps": 500}, {}, True), ({}, {"time_limit": 500}, True),
 ])  # fmt: skip
-def test_an_environment_that_may_never_end_is_warned_of(
-    script, short, cls, options, flags, warned, place, monkeypatch, capsys
-):
-    monkeypatch.setattr(common, "EVAL_FRAMES", 30)
-    play(script, f"{short} --env-id {register(cls, **options)} {flags}")
-    said = "no episode of Mine-v0 ended in 40 steps, consider --time-limit"
-    assert capsys.readouterr().out.count(said) == warned
+def test_an_environment_without_a_time_limit_is_pointed_out(options, flags, limited):
+    env = common.make_env(env_args(register(Basic, **options), **flags), 0)
+    assert ("--time-limit" in env.summary) != limited
 
 
 class Moving(Basic):
@@ -294,7 +276,8 @@ def test_a_run_says_what_the_agent_sees():
         "image": Box(0, 255, (16, 16, 3), np.uint8),
         "both": Dict(a=Box(0, 255, (16, 16), np.uint8), b=BOX),
     }.items():
-        seen[name] = common.make_env(env_args(register(image_env(space))), 0).summary
+        env_id = register(image_env(space), max_episode_steps=10)
+        seen[name] = common.make_env(env_args(env_id), 0).summary
     assert seen["image"] == "image 3 x 64 x 64 from 16 x 16 x 3, 2 discrete actions"
     assert seen["both"] == "image 3 x 64 x 64 from 16 x 16, vector 3, 2 discrete actions"
     assert "vector 768" in seen["floats"]

@@ -243,7 +243,8 @@ SHARED = {  # what is said about flags, of which either script is given a part; 
     "--env-id wrong_envs:Wrong/NoModule-v0": "no wrong_envs:Wrong/NoModule-v0: .*nowhere_at_all",
     "--env-id wrong_envs:Wrong/NoEnv-v0": "no wrong_envs:Wrong/NoEnv-v0: .*must inherit",
     **{
-        f"--env-id wrong_envs:Wrong/{kind}-v0": f"no wrong_envs:Wrong/{kind}-v0: {kind}: .*reason"
+        f"--env-id wrong_envs:Wrong/{kind}-v0":
+            f"no wrong_envs:Wrong/{kind}-v0: {kind}: .*reason.* \\(.*wrong_envs.py:\\d+\\)$"
         for kind in ERRORS
     },
     "--env-id wrong_envs:Wrong/NoClass-v0": "no wrong_envs:Wrong/NoClass-v0: .*'Thing'",
