@@ -577,8 +577,8 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
     interrupt: an Interrupt; a signal to this process breaks the evaluation off.
     -> returns, how many of the episodes were cut, a film of the first (at most 1000 images)
     """
-    # Environment i plays the episodes i, i + N, i + 2N, ...; each process counts those of every
-    # WORLD-th environment.
+    # Environment i plays the episodes i, i + N, i + 2N, ... Each process plays in all environments
+    # and counts the episodes of every WORLD-th one.
     to_play = np.zeros(envs.num_envs, int)
     for i in range(RANK, envs.num_envs, WORLD):
         to_play[i] = len(range(i, episodes, envs.num_envs))
@@ -653,9 +653,9 @@ class Replay:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.is_new = not any(self.folder.glob("*.npy"))
         self.written = self.map("written", (1, 3), np.int64)[0]
-        rows_written, old_capacity, _ = self.written.tolist()
+        most, old_capacity, _ = self.written.tolist()
         self.capacity = max(capacity, old_capacity)
-        if rows_written > old_capacity:  # the ring came round: rows lie at r % old_capacity
+        if most > old_capacity:  # the ring came round: rows lie at r % old_capacity
             self.capacity = old_capacity
         self.data = {}
         for key, shape in shapes.items():
@@ -701,6 +701,7 @@ class Replay:
     def add(self, row):
         """Appends a row, a dict of (N, ...)."""
         self.start = max(self.start, self.end + 1 - self.capacity)
+        # Before the data, so that a row that was half overwritten counts as lost.
         self.written[MOST] = max(self.written[MOST], self.end + 1)
         for key, data in self.data.items():
             data[self.end % self.capacity] = row[key]
@@ -766,6 +767,6 @@ def read_replay(run, rank=0):
     Without those that it wrote after the checkpoint from which it was resumed.
     """
     folder = rank_folder(run, rank) / "replay"
-    written, capacity, end = np.load(folder / "written.npy")[0]
-    order = np.arange(max(0, written - capacity), end) % capacity
+    most, capacity, end = np.load(folder / "written.npy")[0]
+    order = np.arange(max(0, most - capacity), end) % capacity
     return {k: np.load(folder / f"{k}.npy", mmap_mode="r")[order] for k in read_shapes(run)}
