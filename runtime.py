@@ -865,7 +865,7 @@ class Logger:
         self.run = run
         self.total_updates = total_updates
         self.frames = 0
-        self.begin = 0  # frames with which the run began or goes on
+        self.first_frame = 0  # frames with which the run began, or goes on
         self.learning = None  # whether it has begun
         self.since = None  # time, frames and updates when that began, or the run went on
         self.began = time.time()  # a resumed run began earlier by the seconds that it took
@@ -891,7 +891,7 @@ class Logger:
     @cached_property
     def writer(self):
         """Of TensorBoard, which forgets what a resumed run logs again."""
-        return SummaryWriter(self.run, purge_step=self.begin + 1)
+        return SummaryWriter(self.run, purge_step=self.first_frame + 1)
 
     def state_dict(self):
         seconds = time.time() - self.began
@@ -901,7 +901,7 @@ class Logger:
     def load_state_dict(self, state):
         """Goes back to the log of a checkpoint; rows that came after it come again."""
         self.began = time.time() - state["seconds"]
-        self.frames = self.begin = state["frames"]
+        self.frames = self.first_frame = state["frames"]
         self.bar.n = self.bar.initial = min(self.frames, self.bar.total)
         if RANK == 0:
             size = min(state["bytes"], self.file.tell())
