@@ -439,7 +439,8 @@ class RSSM(nn.Module):
         self.deter_in = block(nn.Linear(args.deter, args.hidden))
         self.stoch_in = block(nn.Linear(self.stoch_size, args.hidden))
         self.action_in = block(nn.Linear(action_dim, args.hidden))
-        inputs = args.deter + args.blocks * 3 * args.hidden  # each block: its own deter, and all
+        # Each block has its own slice of deter, and all three of these.
+        inputs = args.deter + args.blocks * 3 * args.hidden
         self.gru_in = block(BlockLinear(inputs, args.deter, args.blocks))
         self.gru = BlockLinear(args.deter, 3 * args.deter, args.blocks)
         self.img_out = nn.Sequential(
