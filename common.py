@@ -504,11 +504,10 @@ class Envs:
             yield
         except (EOFError, ConnectionError):
             self.vector.closed = True  # gymnasium would wait for its answer
-            processes = self.vector.processes
-            sentinels = [process.sentinel for process in processes]
-            multiprocessing.connection.wait(sentinels, timeout=1)  # second, for the one that died
-            dead = [process.exitcode is not None for process in processes]
-            i = dead.index(True) if any(dead) else 0
+            # A sentinel is ready when its process dies, which may be before it has an exit code.
+            sentinels = [process.sentinel for process in self.vector.processes]
+            dead = multiprocessing.connection.wait(sentinels, timeout=10)  # seconds
+            i = sentinels.index(dead[0]) if dead else 0
             which = self.env_id, self.seed, self.indices[i], self.episodes[i] - 1
             raise failure(*which, "its process died") from None
 
