@@ -81,6 +81,8 @@ def make_env(args, index, render=False):
         # Frame skip and time limit follow below, so that frames are counted once.
         options["frameskip"] = 1
         options["max_episode_steps"] = -1
+        if args.time_limit:
+            options["max_num_frames_per_episode"] = -1  # the emulator's own, which counts no-ops
         if args.sticky_prob is not None:
             options["repeat_action_probability"] = args.sticky_prob
     keywords = read_keywords(args.env_kwargs, taken=options)
@@ -109,7 +111,7 @@ def make_env(args, index, render=False):
         # A reward may be an array of one number, which RepeatAction cannot add up.
         env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
         env = gym.wrappers.RepeatAction(env, args.action_repeat)
-    limit = math.ceil(args.time_limit / args.action_repeat) or math.inf
+    limit = math.ceil(args.time_limit / args.action_repeat) if args.time_limit else math.inf
     return DreamerSpaces(env, observation, args.grayscale, args.seed, index, limit)
 
 
@@ -622,8 +624,8 @@ class Film:
 # Replay
 
 DTYPES = {"image": np.uint8, "is_first": np.bool_}  # of what is kept; the rest is float32
-# In written.npy: most rows ever written, capacity, rows in all. After a resume MOST is above END
-# if slots were overwritten by rows that the checkpoint does not know.
+# In written.npy: the most that `end` has ever been, the capacity, and `end`. After a resume MOST
+# is above END if slots were overwritten by rows that the checkpoint does not know.
 MOST, CAPACITY, END = range(3)
 
 
@@ -719,6 +721,7 @@ class Replay:
         assert windows > 0, f"no {length} rows in a replay of {len(self)}"
         ends = self.windows_at_ends(length) if favor_ends else np.empty(0, int)
         window = torch.randint(windows + length * len(ends), (batch_size,)).numpy()
+        # Numbers from `windows` on stand for the ends, `length` numbers for each of them.
         extra = window >= windows
         window[extra] = ends[(window[extra] - windows) // length]
         row = self.start + window // self.num_envs

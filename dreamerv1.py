@@ -18,7 +18,7 @@ A row of experience holds an observation, the action that led to it, and what ca
 
 Shapes: T steps, B sequences, N = T * B imagination starts (with a discount head (T - 1) * B;
 when acting, N environments), I = horizon imagined states, A action, E embed, D deter, S stoch,
-F feat; C, H, W image, V vector. A scalar per step is (T, B).
+F feat, U units; C, H, W image, V vector. A scalar per step is (T, B).
 """
 
 import math
@@ -60,12 +60,14 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
+    # what to learn from; auto: images of dm_control, elsewhere all that the environment gives
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"
     pixels: bool = False  # learn from images, rendered if need be
     grayscale: bool = False  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance of the last action again
+    # Atari: chance of the last action again; None is that of the id
+    sticky_prob: Annotated[float | None, 0, 1] = None
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 5000  # env frames of random play before learning
@@ -74,10 +76,10 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     batch_length: Annotated[int, 2, 2**31 - 1] = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 200  # D, size of the GRU state
-    hidden: Count = 200  # units between the inputs and outputs of the RSSM
+    hidden: Count = 200  # units of dense layers inside the RSSM
     stoch: Count = 30  # S, number of latent variables
     cnn_depth: Count = 32  # channels of the first convolution
-    units: Count = 400  # units of every dense layer
+    units: Count = 400  # units of dense layers outside the RSSM
     layers: Count = 4  # dense layers of the actor, and of vectors in and out
     reward_layers: Count = 2  # dense layers of the reward head
     discount_layers: Count = 3  # dense layers of the discount head
@@ -193,8 +195,9 @@ class Encoder(nn.Module):
         self.size = 0  # E
         d = args.cnn_depth
         if self.image:
-            sizes = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # 64 -> 31 -> 14 -> 6 -> 2
-            self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
+            channels = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])
+            # at 31, 14, 6 and 2 pixels
+            self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in channels))
             self.size += 8 * d * 2 * 2
         if self.vector:
             self.mlp = mlp(self.vector[0], args.layers, args)
@@ -506,8 +509,8 @@ class WorldModel(nn.Module):
     def open_loop(self, batch, context=5):
         """Sees `context` steps, then dreams -> truth, model and error: (T, B, C, 3H, W)."""
         first = {k: v[:context] for k, v in batch.items()}
-        state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
-        states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
+        post, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
+        states = [{k: v[t] for k, v in post.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
         model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
@@ -543,8 +546,8 @@ def behavior_loss(world_model, actor, critic, post, is_terminal, args):
         disc = torch.full_like(reward, args.gamma)
         first = torch.ones_like(reward[:1])
         if world_model.discount:
-            # Replay knows whether the start state was terminal, so that is not predicted.
             disc = torch.sigmoid(world_model.discount(feat))  # gamma included
+            # Replay knows whether the start state was terminal, so that is not predicted.
             first = 1 - is_terminal.reshape(1, -1)
         ret = lambda_return(reward[:-1], value[1:], disc[:-1], args.discount_lambda)
         weight = torch.cumprod(torch.cat([first, disc[:-2]]), 0).detach()  # (I-1, N)
@@ -673,7 +676,7 @@ def resolve_auto(args, device, discrete):
 
 
 def updates_owed(frames, args):
-    """Updates in all: `pretrain` when random play ends, then `train_steps` at a time."""
+    """Updates in all: `pretrain` when random play ends, then `train_steps` per `train_every`."""
     if frames < args.prefill:
         return 0
     return args.pretrain + args.train_steps * ((frames - args.prefill) // args.train_every)
@@ -683,12 +686,11 @@ def replay_capacity(args):
     """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
     envs = args.num_envs * runtime.WORLD
     steps = args.total_frames // args.action_repeat
-    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs  # resets take rows too
-    prefill = args.prefill // args.action_repeat // envs
-    if args.batch_length > min(rows, prefill):
-        has = f"an environment has {prefill} rows after random play and keeps {rows}"
-        flags = f"--batch-length {args.batch_length} > --prefill or --replay-size"
-        raise UserError(f"{flags}: {has}")
+    # Resets take rows too; where they are more than one in 20 steps, the oldest rows go.
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs
+    if args.batch_length > rows:
+        rest = f"--replay-size and --total-frames leave an environment {rows} rows"
+        raise UserError(f"--batch-length {args.batch_length} is too long, {rest}")
     return rows
 
 
@@ -771,8 +773,8 @@ def main(args):
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = frames >= args.prefill and len(replay) >= args.batch_length
 
-            # Act: environments begin a step, a reset where an episode has ended. The noise has
-            # a seed of this step: if the step is dropped, later draws are the same as ever.
+            # Act: environments begin a step, a reset where an episode has ended. The noise
+            # follows from seed and step, so that a step that is dropped changes no later draw.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:

@@ -17,8 +17,8 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
 Shapes: T steps, B sequences, N = T * B imagination starts (when acting, N environments),
-I = horizon + 1 imagined states, A action, E embed, D deter, S x K stoch, F feat; C, H, W image,
-V vector. A scalar per step is (T, B).
+I = horizon + 1 imagined states, A action, E embed, D deter, S x K stoch, F feat, U units; C, H, W
+image, V vector. A scalar per step is (T, B).
 """
 
 import math
@@ -60,12 +60,14 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
     num_envs: Count = 1  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
+    # what to learn from; auto: images of dm_control, elsewhere all that the environment gives
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"
     pixels: bool = False  # learn from images, rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = None  # Atari: chance of the last action again
+    # Atari: chance of the last action again; None is that of the id
+    sticky_prob: Annotated[float | None, 0, 1] = None
     full_action_space: bool = False  # Atari: all 18 actions, not only the game's
     # --- replay ---
     prefill: Whole = 50_000  # agent steps of random play before learning
@@ -75,21 +77,22 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     batch_length: Annotated[int, 2, 2**31 - 1] = 50  # T, agent steps of a sequence
     # --- world model ---
     deter: Count = 600  # D, size of the GRU state
-    hidden: Count = 600  # units between the inputs and outputs of the RSSM
+    hidden: Count = 600  # units of dense layers inside the RSSM
     stoch: Count = 32  # S, number of latent variables
     classes: Count = 32  # K, classes of each latent variable
     cnn_depth: Count = 48  # channels of the first convolution
-    units: Count = 400  # units of every dense layer
-    layers: Count = 4  # dense layers of every head
+    units: Count = 400  # units of dense layers outside the RSSM
+    layers: Count = 4  # dense layers of heads and actor, and of vectors in and out
     act: Literal["elu", "relu", "silu"] = "elu"  # activation of hidden layers
-    norm: Literal["none", "layer"] = "none"  # norm before activations, not in the GRU
+    norm: Literal["none", "layer"] = "none"  # norm before activations; the GRU always has one
     reward_transform: Literal["none", "tanh"] = "tanh"  # what is done to rewards before the loss
     reward_head: Literal["normal", "twohot"] = "normal"  # what predicts rewards; twohot: 255 bins
     discount_head: bool = True  # learn where episodes end
     discount_scale: Weight = 5.0  # weight of the discount loss
     vector_scale: Weight = 1.0  # weight of the loss of vectors
     kl_scale: Weight = 0.1  # beta, the weight of the KL
-    kl_balance: Share = 0.8  # alpha of Alg. 2: the share of the KL that trains the prior
+    # alpha of Alg. 2: the share of the KL that trains the prior; .5 trains both sides in full
+    kl_balance: Share = 0.8
     free_nats: Weight = 0.0  # nats of KL that cost nothing
     free_avg: bool = True  # apply free nats to the mean over the batch, not to each step
     # --- behavior ---
@@ -194,8 +197,9 @@ class Encoder(nn.Module):
         self.size = 0  # E
         d = args.cnn_depth
         if self.image:
-            sizes = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # 64 -> 31 -> 14 -> 6 -> 2
-            self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in sizes))
+            channels = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])
+            # at 31, 14, 6 and 2 pixels
+            self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in channels))
             self.size += 8 * d * 2 * 2
         if self.vector:
             self.mlp = mlp(self.vector[0], args.layers, args)
@@ -345,8 +349,8 @@ class TruncNormal:
 
     def rsample(self):
         """Inverse of the distribution function, clipped with straight-through gradient."""
-        p = self.cdf_low + torch.rand_like(self.mode) * self.mass
-        x = self.mode + self.normal.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
+        p = self.cdf_low + torch.rand_like(self.mass) * self.mass
+        x = self.normal.loc + self.normal.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
         return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()
 
     def log_prob(self, x):
@@ -568,10 +572,11 @@ class WorldModel(nn.Module):
         """Alg. 2: most of the KL trains the prior -> loss (), KL(post || prior) of (T, B)."""
         free = self.args.free_nats
         alpha = self.args.kl_balance
-        if alpha == 0.5:  # as in the released code, with free nats for each step
+        if alpha == 0.5:  # in the released code the plain KL, with free nats for each step
             kl = self.rssm.kl(post, prior)
             return kl.clamp(min=free).mean(), kl
-        kl = train_prior = self.rssm.kl(detach(post), prior)
+        kl = self.rssm.kl(detach(post), prior)  # (T, B)
+        train_prior = kl
         train_post = self.rssm.kl(post, detach(prior))  # the same number, with another gradient
         if self.args.free_avg:
             train_prior = runtime.process_mean(train_prior.mean())
@@ -583,8 +588,8 @@ class WorldModel(nn.Module):
     def open_loop(self, batch, context=5):
         """Sees `context` steps, then dreams -> truth, model and error: (T, B, C, 3H, W)."""
         first = {k: v[:context] for k, v in batch.items()}
-        state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
-        states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
+        post, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
+        states = [{k: v[t] for k, v in post.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
         model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
@@ -736,7 +741,7 @@ def resolve_auto(args, device, discrete):
 
 
 def updates_owed(step, args):
-    """Updates in all: `pretrain` and one when random play ends, then one at a time."""
+    """Updates in all: `pretrain` and one when random play ends, then one per `train_every`."""
     if step < args.prefill:
         return 0
     return args.pretrain + 1 + (step - args.prefill) // args.train_every
@@ -746,12 +751,11 @@ def replay_capacity(args):
     """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
     envs = args.num_envs * runtime.WORLD
     steps = args.total_frames // args.action_repeat
-    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs  # resets take rows too
-    prefill = args.prefill // envs
-    if args.batch_length > min(rows, prefill):
-        has = f"an environment has {prefill} rows after random play and keeps {rows}"
-        flags = f"--batch-length {args.batch_length} > --prefill or --replay-size"
-        raise UserError(f"{flags}: {has}")
+    # Resets take rows too; where they are more than one in 20 steps, the oldest rows go.
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs
+    if args.batch_length > rows:
+        rest = f"--replay-size and --total-frames leave an environment {rows} rows"
+        raise UserError(f"--batch-length {args.batch_length} is too long, {rest}")
     return rows
 
 
@@ -834,8 +838,8 @@ def main(args):
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = step >= args.prefill and len(replay) >= args.batch_length
 
-            # Act: environments begin a step, a reset where an episode has ended. The noise has
-            # a seed of this step: if the step is dropped, later draws are the same as ever.
+            # Act: environments begin a step, a reset where an episode has ended. The noise
+            # follows from seed and step, so that a step that is dropped changes no later draw.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if learning and not envs.all_ended:

@@ -18,8 +18,8 @@ A row of experience holds an observation, the action that led to it, and what ca
     is_terminal   0          0          1, or 0    0          0         0 if only time ran out
 
 Shapes: T steps, B sequences, N = T * B imagination starts (when acting, N environments),
-I = horizon + 1 imagined states, A action, E embed, D deter, S x K stoch, F feat; G blocks; C, H, W
-image, V vector. A scalar per step is (T, B).
+I = horizon + 1 imagined states, A action, E embed, D deter, S x K stoch, F feat, U units, G blocks;
+C, H, W image, V vector. A scalar per step is (T, B).
 """
 
 import math
@@ -63,7 +63,8 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     env_kwargs: str = "{}"  # keywords of the environment, in JSON, as {"g": 5}
     num_envs: Count = 16  # environments that act at once
     async_envs: bool = False  # each environment in a process of its own
-    observation: Literal["auto", "pixels", "vector", "both"] = "auto"  # auto: pixels of dm_control
+    # what to learn from; auto: images of dm_control, elsewhere all that the environment gives
+    observation: Literal["auto", "pixels", "vector", "both"] = "auto"
     pixels: bool = False  # learn from images, rendered if need be
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
@@ -601,8 +602,8 @@ class WorldModel(nn.Module):
     def open_loop(self, batch, context=5):
         """Sees `context` steps, then dreams -> truth, model and error: (T, B, C, 3H, W)."""
         first = {k: v[:context] for k, v in batch.items()}
-        state, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
-        states = [{k: v[t] for k, v in state.items()} for t in range(len(first["action"]))]
+        post, _ = self.rssm.observe(self.encoder(first), first["action"], first["is_first"])
+        states = [{k: v[t] for k, v in post.items()} for t in range(len(first["action"]))]
         for action in batch["action"][context:]:
             states.append(self.rssm.img_step(states[-1], action))
         model = self.decoder(self.rssm.feat(stack(states)))["image"] + 0.5
@@ -888,7 +889,8 @@ def replay_capacity(args):
     """Rows that the replay keeps of each environment; UserError if a batch would not fit."""
     envs = args.num_envs * runtime.WORLD
     steps = args.total_frames // args.action_repeat
-    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs  # resets take rows too
+    # Resets take rows too; where they are more than one in 20 steps, the oldest rows go.
+    rows = min(args.replay_size, int(1.05 * steps) + 1000) // envs
     needed = first_update(args) // envs
     if needed > rows:
         flags = f"--batch-length {args.batch_length} with --batch-size {args.batch_size}"
@@ -977,8 +979,8 @@ def main(args):
             finished = step >= total_steps  # then this turn learns what is owed and reports
             learning = len(replay) >= args.batch_length
 
-            # Act: environments begin a step, a reset where an episode has ended. The noise has
-            # a seed of this step: if the step is dropped, later draws are the same as ever.
+            # Act: environments begin a step, a reset where an episode has ended. The noise
+            # follows from seed and step, so that a step that is dropped changes no later draw.
             if not finished:
                 with runtime.forked_rng("acting", args.seed, step):
                     if not envs.all_ended:

@@ -455,6 +455,12 @@ def test_a_time_limit_truncates_an_atari_game():
     assert ends == [(False, False)] * 4 + [(False, True)]
 
 
+@pytest.mark.parametrize(("time_limit", "frames"), [(0, 108_000), (108_000, -1), (200_000, -1)])
+def test_the_emulators_own_limit_holds_only_without_a_time_limit(time_limit, frames):
+    env = tiny.make_env("ALE/Pong-v5", time_limit=time_limit)
+    assert env.unwrapped.ale.getInt("max_num_frames_per_episode") == frames
+
+
 # dm_control
 @pytest.mark.slow
 def test_every_task_of_the_suite_can_be_made_from_vectors(gl):

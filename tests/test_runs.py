@@ -126,6 +126,14 @@ def test_random_play_and_updates_are_counted_in_the_units_of_the_paper(script, p
     assert learnt == {2 * step: updates(step) for step in range(prefill, 96)}
 
 
+def test_random_play_lasts_until_there_is_a_window(script, place):
+    flags = "--prefill 0 --pretrain 3 --train-every 1000 --batch-length 9 --total-frames 40"
+    rows = metrics(play(script, f"--env-id Pendulum-v1 {SMALL[script]} {flags} --log-every 1"))
+    learnt = {row["frames"]: row["updates"] for row in rows if "losses/model" in row}
+    owed = {"dreamerv1.py": 3, "dreamerv2.py": 4}[script]
+    assert learnt == dict.fromkeys(range(8, 41), owed)  # nine rows: a reset and eight steps
+
+
 @EVERY_SCRIPT
 def test_a_turn_acts_then_learns_and_then_observes(script, place, monkeypatch):
     turns = []

@@ -28,7 +28,7 @@ DIFFERENT = {
     *("Args", "DMC", "SMALL", "block", "Actor.forward", "RSSM", "RSSM.__init__", "RSSM.stats"),
     *("RSSM.dist", "RSSM.state", "RSSM.gru_step", "RSSM.observe", "RSSM.imagine", "RSSM.kl"),
     *("WorldModel.__init__", "WorldModel.loss", "lambda_return", "behavior_loss", "make_agent"),
-    *("make_optimizers", "update", "resolve_auto", "updates_owed", "replay_capacity", "main"),
+    *("make_optimizers", "update", "resolve_auto", "updates_owed", "main"),
 }
 
 

@@ -307,30 +307,18 @@ IN_EACH_SCRIPT = {
         }.items()
     },
     "--env-id CartPole-v1 --imag-horizon 1": "--imag-horizon is 1, it must be from 2 to 2147483647",
-    "--env-id CartPole-v1 --batch-length 201": "--batch-length 201 > --prefill or --replay-size",
-    "--env-id CartPole-v1 --batch-length 50 --replay-size 40": "--batch-length 50 > .*replay-size",
-    "--env-id CartPole-v1 --num-envs 40": "--batch-length 7 > --prefill",
-    "--env-id CartPole-v1 --prefill 0": "--batch-length 7 > --prefill",
+    "--env-id CartPole-v1 --batch-length 50 --replay-size 40": "--batch-length 50 .* 40 rows",
+    "--env-id CartPole-v1 --num-envs 200": "--batch-length 7 .* an environment 6 rows",
     "--env-id Pendulum-v1 --pixels --replay-size 2000000000 --total-frames 2000000000":
         "replay and checkpoints take .* GiB of .* free: lower --replay-size",
     "--resume {0}/foreign": r"foreign is no run folder .*: TypeCheckError: .* key\(s\): ",
     "--evaluate {0}/foreign": r"foreign is no run folder .*: TypeCheckError: .* key\(s\): ",
 }  # fmt: skip
 IN_ONE_SCRIPT = [
-    (  # prefill is in frames
-        "dreamerv1.py",
-        "--env-id CartPole-v1 --action-repeat 4 --batch-length 51",
-        "--batch-length 51 > --prefill",
-    ),
     (
         "dreamerv2.py",
         "--env-id CartPole-v1 --actor-dist trunc_normal",
         "trunc_normal is not for CartPole-v1's",
-    ),
-    (
-        "dreamerv2.py",
-        "--env-id CartPole-v1 --num-envs 30",
-        "--batch-length 7 > --prefill",
     ),
     *(
         ("dreamerv3.py", f"--env-id CartPole-v1 {flags}", said)
