@@ -280,8 +280,8 @@ class TwoHotHead(Head):
     def __init__(self, feat_size, layers, args):
         super().__init__(feat_size, layers, args)
         self.out = nn.Linear(args.units, 255)
-        x = torch.linspace(-20, 20, 255)
-        self.register_buffer("bins", x.sign() * x.abs().expm1())  # symexp
+        below = -torch.linspace(20, 0, 128).expm1()  # symexp of -20, ..., 0
+        self.register_buffer("bins", torch.cat([below, -below[:-1].flip(0)]))
 
     def forward(self, feat):
         prob = torch.softmax(super().forward(feat), -1)  # of logits (..., 255)
