@@ -1,7 +1,7 @@
 """Says where the metrics of a run leave the range of good runs.
 
     python benchmarks/health.py RUN        a line for each metric that does, exit code 1 if one does
-    python benchmarks/health.py --tables   writes the tables of docs/health.md
+    python benchmarks/health.py --tables   writes docs/health.md's table and metrics/README.md
 
 Good runs are the pinned ones of benchmarks/curves, whose metrics are in benchmarks/metrics, if they
 held at least 90 % of what the best seed of their task gained over random play. Runs are compared at
@@ -30,6 +30,13 @@ import runtime
 STAGES = (1000, 3000, 5900)  # updates
 ENOUGH = 3  # good runs of a task, below which they make no range
 METRICS = records.ROOT / "benchmarks" / "metrics"
+PAGE = """# Ranges of good runs
+
+`python benchmarks/health.py --tables` writes this page from the metrics beside it. A task has the
+lowest and the highest value of its [good runs](../../docs/health.md) after 1,000, 3,000 and 5,900
+updates, where there are at least three of them. Another page says
+[what each metric is](../../docs/metrics.md).
+"""
 
 # What each metric means where it is too low and too high, and what to try first.
 MEANING = {
@@ -217,20 +224,25 @@ def meanings():
 
 
 def tables():
-    """Markdown of the ranges of all pinned tasks."""
+    """Markdown of the ranges of all pinned tasks, "" if there are none."""
     parts = []
     for script in ("dreamerv1", "dreamerv2", "dreamerv3"):
         for name, seeds in good_runs(script).items():
             if len(seeds) >= ENOUGH:
-                parts.append(f"### {name}, {len(seeds)} runs\n\n{table(list(seeds.values()))}\n")
+                parts.append(f"## {name}, {len(seeds)} runs\n\n{table(list(seeds.values()))}\n")
     return "\n".join(parts)
+
+
+def ranges_page():
+    """Markdown of the page beside the metrics."""
+    return f"{PAGE}\n{tables()}"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--like", help="the script whose good runs to compare with")
-    parser.add_argument("--tables", action="store_true", help="write the tables of docs/health.md")
+    parser.add_argument("--tables", action="store_true", help="write the tables of good runs")
     args = parser.parse_args(argv)
     if (args.run is None) != args.tables:
         parser.error("name a run, or --tables")
@@ -238,8 +250,8 @@ def main(argv=None):
         if not tables():
             sys.exit(f"error: there are no metrics of a task in {METRICS}")
         path = records.ROOT / "docs" / "health.md"
-        text = plot.with_section(path.read_text(), "meanings", meanings())
-        path.write_text(plot.with_section(text, "ranges", tables()))
+        path.write_text(plot.with_section(path.read_text(), "meanings", meanings()))
+        (METRICS / "README.md").write_text(ranges_page())
         return 0
     try:
         told = yaml.safe_load((args.run / "args.yaml").read_text())

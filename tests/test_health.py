@@ -179,11 +179,12 @@ def test_each_metric_of_the_page_is_one_that_runs_log():
     assert all(f"`{tag}`" in logged for tag in set(health.MEANING) - ours)
 
 
-def test_the_tables_of_the_page_are_those_of_the_pinned_runs():
+def test_the_tables_of_the_pages_are_those_of_the_pinned_runs():
     page = (ROOT / "docs" / "health.md").read_text()
     assert plot.with_section(page, "meanings", health.meanings()) == page
-    assert plot.with_section(page, "ranges", health.tables()) == page
-    assert "### dreamerv2-CartPole-v1" in page
+    page = (health.METRICS / "README.md").read_text()
+    assert page == health.ranges_page()
+    assert "## dreamerv2-CartPole-v1" in page
 
 
 def test_a_good_run_leaves_the_range_of_the_others_in_one_metric_of_forty_at_most(monkeypatch):
