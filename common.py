@@ -82,7 +82,7 @@ def make_env(args, index, render=False):
         options["frameskip"] = 1
         options["max_episode_steps"] = -1
         if args.time_limit:
-            options["max_num_frames_per_episode"] = -1  # the emulator's own, which counts no-ops
+            options["max_num_frames_per_episode"] = -1  # without the emulator's own limit
         if args.sticky_prob is not None:
             options["repeat_action_probability"] = args.sticky_prob
     keywords = read_keywords(args.env_kwargs, taken=options)

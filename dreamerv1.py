@@ -195,8 +195,7 @@ class Encoder(nn.Module):
         self.size = 0  # E
         d = args.cnn_depth
         if self.image:
-            channels = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])
-            # at 31, 14, 6 and 2 pixels
+            channels = pairwise([self.image[0], d, 2 * d, 4 * d, 8 * d])  # at 64, 31, 14, 6, 2
             self.conv = nn.Sequential(*(block(nn.Conv2d(i, o, 4, 2), args) for i, o in channels))
             self.size += 8 * d * 2 * 2
         if self.vector:
