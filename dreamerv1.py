@@ -115,7 +115,7 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     adam_eps: Rate = 1e-7  # epsilon of Adam
     clip: Rate = 100.0  # what each optimizer's gradient norm is cut to
     # --- logging ---
-    log_every: Whole = 10_000  # frames between rows of losses
+    log_every: Whole = 10_000  # frames between rows of losses, 0 is only at the end
     eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: Count = 1  # episodes of an evaluation
     eval_envs: Whole = 10  # environments to evaluate in, at most; 0 takes those of training

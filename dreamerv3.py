@@ -108,7 +108,7 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     warmup: Count = 1000  # updates in which the learning rate rises from 0
     agc: Rate = 0.3  # most that a gradient's norm may be, as a share of its weight's
     # --- logging ---
-    log_every: Whole = 10_000  # frames between rows of losses
+    log_every: Whole = 10_000  # frames between rows of losses, 0 is only at the end
     eval_every: Whole = 100_000  # frames between evaluations, 0 is only at the end
     eval_episodes: Count = 1  # episodes of an evaluation
     eval_envs: Whole = 10  # environments to evaluate in, at most; 0 takes those of training
@@ -292,7 +292,8 @@ class Decoder(nn.Module):
         recon = {}
         if self.image:
             deter, stoch = feat.flatten(0, -2).tensor_split([self.deter], -1)
-            x = (self.deter_in(deter) + self.stoch_in(stoch)).unflatten(-1, (-1, 4, 4))
+            x = self.deter_in(deter) + self.stoch_in(stoch)
+            x = x.unflatten(-1, (-1, 4, 4))  # (batch, 4d, 4, 4)
             x = self.conv(self.norm(x)).float().sigmoid() - 0.5
             recon["image"] = x.unflatten(0, feat.shape[:-1])
         if self.vector:
@@ -440,7 +441,7 @@ class RSSM(nn.Module):
         self.deter_in = block(nn.Linear(args.deter, args.hidden))
         self.stoch_in = block(nn.Linear(self.stoch_size, args.hidden))
         self.action_in = block(nn.Linear(action_dim, args.hidden))
-        # Each block has its own slice of deter, and all three of these.
+        # Each block has its own slice of deter, and the outputs of all three layers above.
         inputs = args.deter + args.blocks * 3 * args.hidden
         self.gru_in = block(BlockLinear(inputs, args.deter, args.blocks))
         self.gru = BlockLinear(args.deter, 3 * args.deter, args.blocks)
@@ -614,8 +615,8 @@ class WorldModel(nn.Module):
 def lambda_return(reward, next_value, disc, lambda_):
     """Eq. 5, from the last step back: (I-1, N) each -> (I-1, N).
 
-    next_value: of the state after each reward; the last one stands for all that follows.
-    lambda_ is a number, or of that shape. On replay (T-1, B) each.
+    next_value, disc: of the state that each reward led to; the last value stands for all that
+    follows. lambda_: a number, or of that shape. On replay the shapes are (T-1, B).
     """
     target = reward + disc * (1 - lambda_) * next_value
     keep = disc * lambda_
@@ -659,7 +660,8 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
         reward = world_model.reward(feat)  # (I, N)
         value = critic(feat)  # (I, N)
         slow_value = slow_critic(feat)  # (I, N)
-        # Replay knows whether the start state was terminal, so that is not predicted.
+        # Replay knows whether the start state was terminal, so that is not predicted. It only
+        # weights the losses, and is without gamma.
         predicted = torch.sigmoid(world_model.discount(feat[1:]))  # gamma included
         disc = torch.cat([1 - is_terminal.reshape(1, -1), predicted])  # (I, N)
         ret = lambda_return(reward[1:], value[1:], disc[1:], args.discount_lambda)  # (I-1, N)
@@ -694,14 +696,13 @@ def replay_critic_loss(rssm, critic, slow_critic, post, start_ret, batch, args):
     """The critic's loss on replayed rewards, which trains the world model too -> ().
 
     start_ret: imagined returns (N,) from each posterior state, which take the place of values.
-    What is added to imagined rewards has to be added to batch["reward"] as well.
     """
     feat = rssm.feat(post)  # (T, B, F), with its gradient
     with torch.no_grad():
         slow_value = slow_critic(feat)
     value = start_ret.unflatten(0, batch["reward"].shape)  # (T, B)
     first = batch["is_first"][1:].float()
-    # An episode's last row; at the end of the window it is not known, and changes nothing.
+    # An episode's last rows. Whether the window's last row is one makes no difference.
     is_last = torch.cat([first, torch.zeros_like(first[:1])])
     disc = args.gamma * (1 - batch["is_terminal"])
     lambda_ = args.discount_lambda * (1 - is_last)
@@ -797,7 +798,7 @@ def make_optimizer(agent, args):
 
 
 def opt_step(optimizer, loss):
-    """One gradient step -> the gradient's global norm, ()."""
+    """One gradient step -> the gradient's global norm before it was cut, ()."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -815,7 +816,7 @@ def follow(slow_critic, critic, rate):
 
 
 def update(agent, optimizer, batch, args, start=None):
-    """Learns from a batch, a dict of (T, B, ...) -> metrics: dict of ()."""
+    """Learns from a batch of (T, B, ...), with a start of RSSM.observe -> metrics: dict of ()."""
     bfloat16 = args.precision == "bfloat16"
     with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=bfloat16):
         model_loss, post, metrics = agent["world_model"].loss(batch, start)
@@ -867,7 +868,7 @@ def resolve_auto(args, device, discrete):
         raise UserError(f"--deter {args.deter} has to be a multiple of --blocks {args.blocks}")
     if 4 * args.cnn_depth % args.blocks:
         raise UserError(
-            f"4 * --cnn-depth {args.cnn_depth} is no multiple of --blocks {args.blocks}"
+            f"4 * --cnn-depth {args.cnn_depth} has to be a multiple of --blocks {args.blocks}"
         )
 
 
@@ -977,7 +978,7 @@ def main(args):
         # step, frames and replay know nothing of it: it can be dropped at any time.
         while True:
             finished = step >= total_steps  # then this turn learns what is owed and reports
-            learning = len(replay) >= args.batch_length
+            learning = len(replay) >= args.batch_length  # there is a window to learn from
 
             # Act: environments begin a step, a reset where an episode has ended. The noise
             # follows from seed and step, so that a step that is dropped changes no later draw.

@@ -890,7 +890,7 @@ class Logger:
 
     @cached_property
     def writer(self):
-        """Of TensorBoard, which forgets what a resumed run logs again."""
+        """Of TensorBoard, which forgets what a resumed run logs again, but for its first frame."""
         return SummaryWriter(self.run, purge_step=self.first_frame + 1)
 
     def state_dict(self):

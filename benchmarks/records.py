@@ -210,7 +210,7 @@ def commit(script):
     return f"{head}+" if changed.strip() else head
 
 
-def device(cuda=True):
+def device(cuda):
     """The name of the GPU, if there is one to use, or else of the CPU and its cores."""
     import torch
 
@@ -219,6 +219,12 @@ def device(cuda=True):
     models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
     name = models[0].split(":")[1].strip() if models else platform.machine()
     return f"{os.cpu_count()} cores of {name}"
+
+
+def machine(cuda):
+    """Where a run is made, as its card tells it."""
+    versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    return {"device": device(cuda), "versions": versions}
 
 
 def command(script, args):
@@ -243,16 +249,16 @@ def command(script, args):
     return " ".join(words)
 
 
-def record(run, name, script, folder, commits):
+def record(run, name, script, folder, commits, machine):
     """Adds a finished run folder to the curve and the card of a task -> path of the curve."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with THREADS, open(folder / ".lock", "w") as lock:  # runs that end together wait for each other
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        return add(run, name, script, folder, commits)
+        return add(run, name, script, folder, commits, machine)
 
 
-def add(run, name, script, folder, commits):
+def add(run, name, script, folder, commits, machine):
     curve_path, card_path = folder / f"{name}.csv", folder / f"{name}.yaml"
     args, rows = read_run(run)
     log = read_log(run)
@@ -266,12 +272,10 @@ def add(run, name, script, folder, commits):
     if others and any(r["seed"] != seed for r in card["runs"]):
         raise ValueError(f"{card_path} is of runs with another {', '.join(others)}")
     runs = {run["seed"]: run for run in card["runs"]}
-    versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
     runs[seed] = {
-        "seed": seed, "commit": ", ".join(dict.fromkeys(commits)), "device": device(args["cuda"]),
-        "versions": versions, "wall_hours": round(log[-1]["seconds"] / 3600, 3),
-        "env_frames": log[-1]["frames"], "updates": log[-1]["updates"],
-        "final_eval_return": rounded(round(final(log), 3)),
+        "seed": seed, "commit": ", ".join(dict.fromkeys(commits)), **machine,
+        "wall_hours": round(log[-1]["seconds"] / 3600, 3), "env_frames": log[-1]["frames"],
+        "updates": log[-1]["updates"], "final_eval_return": rounded(round(final(log), 3)),
     }  # fmt: skip
     card = {
         "command": f"{command(script, args)} --seed SEED",
@@ -378,13 +382,16 @@ def worst(rows, frames, kind="eval"):
 def area(rows, frames, kind="train"):
     """Area under the curve of training episodes up to `frames`, divided by the frames.
 
-    An episode counts as many frames as went by since the one before it ended.
+    An episode counts as many frames as went by since the one before it ended; those that end at
+    the same frame, in several environments, count as one with their mean return.
     """
     rows = [r for r in rows if r["kind"] == kind and r["env_frames"] <= frames]
     if not rows:
         raise ValueError(f"a seed has no row of {kind} in the first {frames:,} frames")
-    weights = np.diff([0, *(row["env_frames"] for row in rows)])
-    return float(np.average([row["episode_return"] for row in rows], weights=weights))
+    ends, episode = np.unique([row["env_frames"] for row in rows], return_inverse=True)
+    returns = np.bincount(episode, [row["episode_return"] for row in rows])
+    returns = returns / np.bincount(episode)
+    return float(np.average(returns, weights=np.diff([0, *ends])))
 
 
 def untrained(rows):

@@ -27,6 +27,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).parent))
 import records
 
@@ -45,6 +47,7 @@ class Job:
         self.flags = [*flags, "--seed", str(seed)]
         self.folder = args.out / name / f"seed-{seed}"
         self.run = self.folder / f"{name}-{seed}"  # a name that no other run has, for W&B
+        self.machine = self.folder / "machine.yaml"
         # The scripts are told how many cores are theirs; presets of small networks take one.
         threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
         self.environ = {} if args.cluster else {"OMP_NUM_THREADS": threads}
@@ -85,7 +88,15 @@ class Job:
     def record(self):
         """Adds the run to the curve of its task, in place of an earlier one of its seed."""
         commits = (self.folder / "commits").read_text().split()
-        records.record(self.run, self.name, self.script, self.curves, commits)
+        if not self.machine.exists():  # an earlier version wrote none
+            self.note_machine()
+        machine = yaml.safe_load(self.machine.read_text())
+        records.record(self.run, self.name, self.script, self.curves, commits, machine)
+
+    def note_machine(self):
+        """Keeps where the run is made, since its card may be written elsewhere, or later."""
+        machine = records.machine("--no-cuda" not in self.flags)
+        self.machine.write_text(yaml.safe_dump(machine, sort_keys=False))
 
     def recorded(self):
         path = self.curves / f"{self.name}.csv"
@@ -102,6 +113,7 @@ class Job:
         self.discard_unsaved()
         (self.folder / "flags").write_text(self.what())
         shutil.copy(self.script, self.folder)
+        self.note_machine()
         with open(self.folder / "commits", "a") as file:
             file.write(records.commit(self.script) + "\n")
         with open(self.folder / "log.txt", "a") as log:

@@ -34,6 +34,8 @@ def measure(pid):
     anonymous = files = 0
     for process in family(pid):
         status = Path(f"/proc/{process}/status").read_text()
+        if "RssAnon:" not in status:  # it has ended, and nobody has waited for it yet
+            continue
         anonymous += int(status.split("RssAnon:")[1].split()[0])
         files += len(os.listdir(f"/proc/{process}/fd"))
     return anonymous, files

@@ -431,7 +431,8 @@ def main(args):
         try:
             reports.append(measure(name, args, **options))
             show(reports[-1])
-        except ChildProcessError as error:  # the others of the plan are measured all the same
+        # A worker that died does not keep the others of the plan from being measured.
+        except (ChildProcessError, BrokenPipeError) as error:
             reports.append({"workload": name, "error": str(error)} | options)
             print(f"error: {error}", flush=True)
         if args.json:  # after each, so that a lost machine loses little

@@ -23,7 +23,7 @@ import run
 import scipy.stats
 import torch
 import yaml
-from helpers.processes import wait_until
+from helpers.processes import started, wait_until
 
 import common
 import dreamerv2
@@ -108,6 +108,8 @@ def test_the_area_weighs_an_episode_by_its_frames():
     rows = [dict(zip(keys, row, strict=True)) for row in rows]
     assert records.area(rows, 100) == pytest.approx((10 * 1 + 30 * 2 + 60 * 3) / 100)
     assert records.area(rows, 50) == pytest.approx((10 * 1 + 30 * 2) / 40)
+    rows[1:1] = [rows[0] | {"episode_return": 7.0}]  # of a second environment
+    assert records.area(rows, 50) == pytest.approx((10 * 4 + 30 * 2) / 40)
 
 
 def test_the_limit_is_that_of_the_formula(tmp_path):
@@ -492,8 +494,13 @@ def test_a_grid_runs_once_and_records_a_curve_and_a_card_of_all_seeds(tmp_path):
     assert path.read_bytes() == before
     for file in path.parent.iterdir():
         file.unlink()
+    elsewhere = {"device": "another", "versions": {"torch": "2.11.0"}}
+    machine = tmp_path / "dreamerv2-CartPole-v1" / "seed-2" / "machine.yaml"
+    machine.write_text(json.dumps(elsewhere))
     assert subprocess.run(grid(tmp_path), capture_output=True).returncode == 0
     assert path.read_bytes() == before  # recorded from the run folders, without a run
+    told = yaml.safe_load(path.with_suffix(".yaml").read_text())["runs"]
+    assert told == [card["runs"][0], card["runs"][1] | elsewhere]
     other = subprocess.run(grid(tmp_path, frames=500), capture_output=True, text=True)
     assert other.returncode == 1
     assert "--total-frames 400 --seed 1, choose another --out" in other.stderr
@@ -582,7 +589,7 @@ def test_the_commit_of_a_script_has_a_plus_unless_it_is_as_committed(mine):
 
 
 def test_the_commit_of_a_script_that_imports_another_has_a_plus_if_that_has_changed(mine):
-    shutil.copytree(ROOT, "repo", ignore=shutil.ignore_patterns(".git", "runs"))
+    shutil.copytree(ROOT, "repo", ignore=shutil.ignore_patterns(".*", "runs", "venv", "wandb"))
     code = "import records; print(records.commit(records.ROOT / 'benchmarks/without_memory.py'))"
 
     def commit():
@@ -634,11 +641,9 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path):
 def test_an_interrupted_grid_saves_its_runs_and_goes_on_where_it_stopped(tmp_path):
     command = grid(tmp_path, seeds=("3",), frames=1500)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.append(process)
     log = tmp_path / "dreamerv2-CartPole-v1" / "seed-3"
-    deadline = time.monotonic() + 120
-    while not any("losses" in path.read_text() for path in log.glob("*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: any("losses" in p.read_text() for p in log.glob("*/metrics.jsonl")))
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

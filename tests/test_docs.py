@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import pytest
 import torch
 from helpers.envs import make_envs
 from helpers.processes import start
+from helpers.runs import kept_process
 
 import common
 import dreamerv1
@@ -509,12 +509,8 @@ def blocks(language, paths=PAGES):
 def train(script, flags):
     """A whole run of a module in this process -> exit code."""
     args = runtime.parse_args(script.Args, script.PRESETS, common.choose_preset, flags)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with kept_process():
         return script.main(args)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def small(script):
@@ -726,7 +722,7 @@ DIFFS += [
 
 
 @pytest.mark.parametrize(("script", "diff"), DIFFS)
-def test_a_diff_applies_to_a_copy_of_the_script_which_then_learns(script, diff, runs, monkeypatch):
+def test_a_diff_applies_to_a_copy_of_the_script_which_then_updates(script, diff, runs, monkeypatch):
     module = mine(apply(diff, Path(script.__file__).read_text()), monkeypatch)
     tags = {f"losses/{name}" for name in re.findall(r'^\+.*losses(?:\["|/)(\w+)"\]', diff, re.M)}
     commands = re.findall(r"`python mine\.py ([^`]+)`", DOCS["changing.md"])

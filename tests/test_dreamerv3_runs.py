@@ -30,7 +30,7 @@ TINY += " --video-every 150"
     pytest.param("--env-id CartPole-v1 --observation both --async-envs --num-envs 2",
                  marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_learns_with_finite_losses_from_the_first_batch_on(flags, place):
+def test_a_run_makes_updates_with_finite_losses_from_the_first_batch_on(flags, place):
     folder = play(SCRIPT, f"{TINY} {flags}")
     rows = metrics(folder)
     tags = set().union(*rows)

@@ -480,6 +480,19 @@ def test_bfloat16_losses_are_close_to_float32_on_the_cpu(script, discrete):
         assert math.isclose(half[key], full[key], rel_tol=0.2, abs_tol=0.02), key
 
 
+@agents.every_script
+@pytest.mark.parametrize("discrete", [True, False])
+def test_in_bfloat16_every_weight_gets_a_gradient(script, discrete):
+    # The autocast of older torch kept weights that the dream had rounded, without a gradient.
+    if script is dreamerv1 and discrete:
+        pytest.skip("DreamerV1 takes continuous actions")
+    x = agents.make(script, discrete=discrete, precision="bfloat16")
+    agents.update(x, agents.make_batch(discrete=discrete))
+    trained = {name: p for name, p in x.agent.named_parameters() if p.requires_grad}
+    without = [name for name, p in trained.items() if p.grad is None]
+    assert [name for name in without if not name.startswith("slow_critic")] == []
+
+
 @agents.both_twins
 def test_states_statistics_and_losses_are_float32_under_bfloat16(script):
     x = agents.make(script, SHAPES, actor_dist="tanh_normal")
@@ -564,7 +577,7 @@ def test_fifty_updates_with_compiled_steps_have_the_losses_of_plain_ones(kind):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_with_compile_learns(script, tmp_path):
+def test_a_run_with_compile_makes_updates_with_finite_losses(script, tmp_path):
     flags = "--env-id CartPole-v1 --total-frames 1100 --eval-episodes 1 --compile"
     flags += " --train-ratio 6" if script == "dreamerv3" else " --pretrain 3"
     process = start(f"{script}.py", flags, tmp_path)
@@ -589,7 +602,7 @@ def test_ends_of_episodes_are_found_in_a_full_replay_without_delay(tmp_path):
             began = time.perf_counter()
             replay.sample(16, 50, favor)
             times.append(time.perf_counter() - began)
-        seconds[favor] = sorted(times)[15]
+        seconds[favor] = min(times)  # the one that other processes disturbed least
     assert seconds[True] < seconds[False] + 5e-4
 
 
@@ -635,6 +648,7 @@ def overlaps(steps, updates):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_estimate")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatch, tmp_path):
     plain, steps, updates = timed_run(script, "", tmp_path / "plain", monkeypatch)

@@ -76,7 +76,7 @@ def test_a_process_that_dies_is_named(failing, moment, index):
     assert text == f"{which} failed: its process died"
     began = time.monotonic()
     envs.close()  # does not wait for an answer of the dead
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_an_environment_in_a_process_that_fails_is_named_and_nothing_else_is_los
     let_fail(tmp_path, 1, [0, 1], episode=4)
     envs = "--num-envs 2 --async-envs"
     process = start(script, f"{LONGER} --env-id helpers.failing:step-{how}-v0 {envs}", tmp_path)
-    done = finish(process, 1, timeout=100)  # seconds; it does not wait for the environment
+    done = finish(process, 1)  # it does not wait for the environment
 
     def go_on(flags):
         finish(start(script, flags, tmp_path))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from helpers.command_lines import bounded, outcome, refuse, small_args, the_line, write_args
-from helpers.runs import SCRIPTS, module_of, parse
+from helpers.runs import EVERY_SCRIPT, SCRIPTS, module_of, parse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,9 +24,9 @@ import runtime
 
 @pytest.fixture(scope="module", autouse=True)
 def begun(tmp_path_factory):
-    """A folder of a run of each script, dreamerv1.py/ and dreamerv2.py/."""
+    """A folder of a run of each script, dreamerv1.py/ and so on."""
     folder = tmp_path_factory.mktemp("begun")
-    for script in SCRIPTS:
+    for script in [*SCRIPTS, "dreamerv3.py"]:
         write_args(folder / script, small_args(script))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -134,6 +134,7 @@ def beyond(script, name):
     return math.nextafter(least, -1), math.nextafter(most, math.inf), math.nan, math.inf
 
 
+@EVERY_SCRIPT
 def test_every_number_has_bounds_and_is_a_number(script):
     assert not {name for name, hint in hints(script).items() if hint in (int, float)}
     args = parse(script, "--env-id CartPole-v1")
@@ -147,6 +148,7 @@ def test_every_number_has_bounds_and_is_a_number(script):
     assert line == said  # as the command line has it
 
 
+@EVERY_SCRIPT
 def test_numbers_at_their_bounds_are_taken(script):
     names = names_of(script, int, float)
     for end in (0, 1):
@@ -164,16 +166,18 @@ SIZES = [
     "layers", "reward_layers", "eval_episodes", "total_frames", "action_repeat", "replay_size",
     "train_every", "train_steps", "slow_update",
 ]  # fmt: skip
+ABOVE_0 = ["model_lr", "adam_eps", "clip", "expl_decay"]
 
 
 def test_what_is_a_share_goes_to_1_and_what_is_a_size_begins_at_1(script):
+    assert {*SHARES, *SIZES, *ABOVE_0} <= {*hints("dreamerv1.py"), *hints("dreamerv2.py")}
     for name in SHARES:
         assert name not in hints(script) or bounds(script, name) == (0, 1), name
     for name in SIZES:
         assert name not in hints(script) or bounds(script, name)[0] == 1, name
     assert bounds(script, "imag_horizon")[0] == 2  # the last imagined state has no return
     assert bounds(script, "batch_length")[0] == 2  # V1 learns no discount of a window's first row
-    for name in ("model_lr", "adam_eps", "clip", "expl_decay"):
+    for name in ABOVE_0:
         assert name not in hints(script) or bounds(script, name)[0] > 0, name
 
 
@@ -303,6 +307,7 @@ def others(hint, value):
     return good[bare(hint)].filter(lambda other: other != value)
 
 
+@EVERY_SCRIPT
 @given(st.data())
 @bounded(1)
 def test_all_that_is_learned_and_how_is_fixed_in_a_run_that_exists(script, data):

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import inspect_run
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from helpers.processes import start
+from helpers.processes import start, wait_until
 from helpers.runs import play
 
 import runtime
@@ -391,17 +390,11 @@ def test_a_run_that_still_trains_is_inspected_and_trains_on(tmp_path):
     flags = f"{TINY} {CASES['dreamerv2']} --total-frames 1000000 --checkpoint-every 50"
     process = start("dreamerv2.py", f"{flags} --resume run --eval-every 0", tmp_path)
     path = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not path.exists() or "losses/model" not in path.read_text():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: path.exists() and "losses/model" in path.read_text())
     inspect(tmp_path / "run", "--episodes", 1, "--horizon", 6)
     assert process.poll() is None
     before = path.stat().st_size
-    while path.stat().st_size == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: path.stat().st_size > before)
     process.terminate()
     process.communicate()
     assert process.returncode == 143

@@ -1,6 +1,7 @@
 """What follows from a seed: the noise of a run, of a process and of a fork; and setup."""
 
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ def test_seeds_are_the_same_on_every_machine():
 
 def test_memory_that_was_freed_is_used_again_without_page_faults():
     setup(1)
+    if "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("where pages are huge, there are few faults in either case")
     faults = []
     for _ in range(20):
         torch.ones(50 * 2**20 // 4)  # 12,800 pages

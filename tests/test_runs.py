@@ -53,7 +53,7 @@ def small(script, tmp_path_factory):
     return SimpleNamespace(folder=folder, rows=metrics(folder), out=out)
 
 
-def test_a_run_learns_with_finite_losses_and_says_what_it_runs_on(small):
+def test_a_run_makes_updates_with_finite_losses_and_says_what_it_runs_on(small):
     assert_learnt(small.rows)
     assert small.rows[-1]["frames"] == 300
     assert {"charts/episodic_return", "charts/episodic_length"} < set().union(*small.rows)
@@ -253,7 +253,7 @@ SLOW_SETTINGS = [pytest.param(flags, marks=pytest.mark.slow) for flags in SLOW_S
 
 
 @pytest.mark.parametrize("flags", SETTINGS + SLOW_SETTINGS)
-def test_a_run_learns_on_every_kind_of_environment(script, place, flags):
+def test_a_run_makes_updates_on_every_kind_of_environment(script, place, flags):
     flags = f"{SMALL[script]} {flags}"
     folder = play(script, flags)
     assert_learnt(metrics(folder))
@@ -316,7 +316,7 @@ FULL_SIZE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "flags"), FULL_SIZE)
-def test_a_run_learns_at_full_size(script, place, flags):
+def test_a_run_makes_updates_at_full_size(script, place, flags):
     flags = f"{flags} --batch-size 4 --time-limit 100 --eval-episodes 1 --threads 1"
     rows = metrics(play(script, flags))
     assert_learnt(rows)

@@ -35,6 +35,13 @@ def test_a_signal_lets_the_step_end_and_a_second_ctrl_c_does_not(number, code):
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_hangup_is_ignored_where_nohup_said_so():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with runtime.Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.agreed() == 0
+
+
 def test_a_signal_says_at_once_what_will_happen(capfd):
     with runtime.Interrupt():
         signal.raise_signal(signal.SIGINT)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -185,9 +184,7 @@ def test_a_killed_process_ends_all_of_them_with_a_line_and_torchrun_resumes_them
     second = workers(process)
     assert not set(first) & set(second)
     os.kill(second[rank], signal.SIGKILL)
-    began = time.monotonic()
     done = finish(process, 1)  # no restart is left
-    assert time.monotonic() - began < 60
     starts = [line for line in done.out.splitlines() if "runs/x" in line]
     assert starts == ["a new run begins in runs/x", "the run in runs/x goes on"]
     line = "error: another process is gone, go on from the last checkpoint with --resume"

@@ -325,7 +325,7 @@ IN_ONE_SCRIPT = [
         for flags, said in {
             "--actor-dist normal": "--actor-dist normal is not for CartPole-v1's actions",
             "--blocks 5": "--deter 16 has to be a multiple of --blocks 5",
-            "--pixels --blocks 16": "4 \\* --cnn-depth 2 is no multiple of --blocks 16",
+            "--pixels --blocks 16": "4 \\* --cnn-depth 2 has to be a multiple of --blocks 16",
             "--batch-length 199 --replay-size 200": "takes 201 rows, .* leave an environment 200",
             "--batch-size 1226": "--batch-length 7 with --batch-size 1226 takes 1232 rows, ",
             "--batch-size 1226 --num-envs 3": "takes 415 rows, .* leave an environment 410",
@@ -359,6 +359,7 @@ def test_bad_input_is_refused_in_one_line(script, flags, said):
 def test_a_run_without_a_checkpoint_is_refused_and_stays_as_it_is(script, flag):
     line = refuse_line(script, f"--{flag} {script}/unsaved")
     assert line.startswith(f"no checkpoint can be read in {script}/unsaved")
+    assert ("remove the folder to begin again" in line) == (flag == "resume")
 
 
 # Ids that hypothesis makes up

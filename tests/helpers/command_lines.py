@@ -43,7 +43,8 @@ def small_args(script, **changes):
     module = module_of(script)
     args = dataclasses.asdict(module.Args()) | module.PRESETS["other"] | {"env_id": "CartPole-v1"}
     sizes = {"deter": 16, "hidden": 16, "units": 16, "stoch": 3, "cnn_depth": 2, "eval_episodes": 2}
-    return args | sizes | {"batch_length": 7, "prefill": 200, "exp_name": script[:9]} | changes
+    sizes |= {"batch_length": 7, "prefill": 200}  # V3 has no prefill
+    return args | {k: v for k, v in sizes.items() if k in args} | {"exp_name": script[:9]} | changes
 
 
 def write_args(folder, args):

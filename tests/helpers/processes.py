@@ -32,24 +32,25 @@ def end_all():
         if process.poll() is None:
             process.terminate()
             try:
-                process.communicate(timeout=30)
+                process.communicate(timeout=40)  # torchrun gives its own 30 s
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.communicate()
 
 
 def finish(process, code=0, timeout=300):
-    """Waits for the process -> its out and err, in which a traceback may not be."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
+    """Waits for the process -> its out and err, in which a traceback may not be.
+
+    What takes longer is left to end_all.
+    """
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err
     if "torch.distributed.run" not in process.args:  # which shows one when a process fails
         assert "Traceback" not in out + err
     return SimpleNamespace(out=out, err=err)
 
 
-def wait_until(ready, seconds=90):
+def wait_until(ready, seconds=300):
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"not ready within {seconds} s"
