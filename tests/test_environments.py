@@ -796,26 +796,7 @@ def test_an_action_is_repeated_until_the_episode_ends():
     assert total == sum(range(1, length + 1)) + length * 2 / 8
 
 
-# What is refused
-@pytest.mark.filterwarnings("ignore:.*render_mode")  # so gymnasium puts it
-def test_an_environment_that_cannot_be_drawn_is_refused():
-    with pytest.raises(runtime.UserError, match="Blind-v0"):
-        make_still("Blind-v0", **NUMBERS, observation="pixels")
-
-
-@pytest.mark.parametrize(("wrong", "said"), [
-    ("CartPol-v1", "^no CartPol-v1: .*Did you mean: `CartPole`"),
-    ("Pendulum-v9", "^no Pendulum-v9: .*Pendulum.*`v1`"),
-    ("PongNoFrameskp-v4", "^no PongNoFrameskp-v4: .*Did you mean: `PongNoFrameskip`"),
-    ("ALE/Pongg-v5", "^no ALE/Pongg-v5: .*namespace ALE. Did you mean: `Pong`"),
-    ("dm_control/walker-wlk-v0", "Did you mean: `walker-walk`"),
-    ("no_such_module:Thing-v0", "no_such_module"),
-])  # fmt: skip
-def test_an_unknown_id_names_the_nearest(wrong, said):
-    with pytest.raises(runtime.UserError, match=said):
-        tiny.make_env(wrong)
-
-
+# Ids
 def test_an_id_may_name_the_module_that_registers_it(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
     monkeypatch.delitem(sys.modules, "helpers.envs")
