@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
+import weakref
 from functools import cache, partial
 from pathlib import Path
 
@@ -217,8 +219,9 @@ class DreamerSpaces(gym.Wrapper):
         odd = any(boxes[k].shape[2:] not in ((), (1,), (3,)) for k in self.image_keys)
         if not spaces or len(self.image_keys) > 1 or odd or empty:
             wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3)"
+            wanted = "vectors" if observation == "vector" else wanted
             said = f"--observation {observation} does not fit observations {space}"
-            raise UserError(f"{said}: {wanted}, is taken")
+            raise UserError(f"{said}: it takes {wanted}")
         self.observation_space = Dict(spaces)
 
         if isinstance(self.actions, Discrete):
@@ -319,7 +322,7 @@ class DreamerSpaces(gym.Wrapper):
         parts = {k: self.check(k, parts[k]) for k in self.image_keys + self.vector_keys}
         out = {}
         if "image" in self.observation_space.spaces:
-            image = parts[self.image_keys[0]] if self.image_keys else self.env.render()
+            image = parts[self.image_keys[0]] if self.image_keys else self.draw()
             out["image"] = self.resize(image)
         if self.vector_keys:
             vectors = [np.ravel(parts[k]) for k in self.vector_keys]
@@ -343,7 +346,15 @@ class DreamerSpaces(gym.Wrapper):
 
     def render(self):
         with self.name_failures():
-            return self.env.render()
+            return self.draw()
+
+    def draw(self):
+        """What the environment draws, (H, W) or (H, W, 3) uint8."""
+        image = np.asarray(self.env.render())
+        if not is_image(image) or image.shape[2:] not in ((), (3,)):
+            wanted = "uint8 of shape (H, W) or (H, W, 3)"
+            raise ValueError(f"render() gives {image.dtype} of shape {image.shape}, not {wanted}")
+        return image
 
     def resize(self, image):
         """(H, W) or (H, W, C) -> (1 or 3, 64, 64); each pixel is the mean of what it covers."""
@@ -397,6 +408,8 @@ class Envs:
         self.shapes = {key: box.shape for key, box in observations}  # what a row holds
         self.shapes |= {"action": space.shape, "reward": (), "is_first": (), "is_terminal": ()}
         self.summary = self.vector.get_attr("summary")[0]
+        # What nobody closes is closed when it is forgotten, or when Python ends.
+        self.close = weakref.finalize(self, close_vector, self.vector, self.env_id)
         self.in_flight = False  # whether a step was sent and not received
         self.ended = np.ones(num_envs, bool)  # whether the last row ended an episode
         self.returns = np.zeros(num_envs)  # sum of the rewards of each episode
@@ -519,14 +532,23 @@ class Envs:
             return self.vector.render()[0]
         return self.vector.envs[0].render()
 
-    def close(self):
-        try:
-            if self.parallel:
-                self.vector.close(terminate=True)  # asks nothing of a process that may be dead
-            else:
-                self.vector.close()
-        except Exception as error:  # nothing depends on it any more
-            print(f"closing {self.env_id} failed: {error!r}{place_of(error)}", file=sys.stderr)
+
+def close_vector(vector, env_id):
+    """Closes the environments; a process that does not end within ten seconds is killed."""
+    try:
+        if isinstance(vector, gym.vector.SyncVectorEnv):
+            vector.close()
+            return
+        vector.closed = True  # gymnasium would wait for a process that hangs
+        for process in vector.processes:
+            process.terminate()  # see make_in_process
+        end = time.monotonic() + 10
+        for process in vector.processes:
+            process.join(max(0, end - time.monotonic()))
+            process.kill()
+            process.join()
+    except Exception as error:  # nothing depends on it any more
+        print(f"closing {env_id} failed: {error!r}{place_of(error)}", file=sys.stderr)
 
 
 def make_envs(args):
@@ -552,6 +574,8 @@ def make_in_process(maker):
     """
     if multiprocessing.parent_process():  # gymnasium makes one here too, to see its spaces
         signal.signal(signal.SIGINT, lambda number, frame: None)
+        # SIGTERM comes from Envs.close. It would end the process before the environment is closed.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     return maker()
 
 
@@ -605,7 +629,7 @@ def evaluate(envs, act, state, episodes, film=False, interrupt=None):
 
 
 class Film:
-    """At most 1000 images of an episode; of a long one only every second, fourth, ... image."""
+    """At most 1000 images of an episode, of one size; of a long one every second, fourth, ..."""
 
     def __init__(self):
         self.images = []
@@ -613,7 +637,8 @@ class Film:
         self.seen = 0
 
     def add(self, image):
-        if self.seen % self.every == 0:
+        is_fit = not self.images or image.shape == self.images[0].shape
+        if self.seen % self.every == 0 and is_fit:
             self.images.append(image)
         self.seen += 1
         if len(self.images) > 1000:

@@ -218,7 +218,7 @@ def setup(seed, cuda, deterministic, threads):
     torch.use_deterministic_algorithms(deterministic)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if threads:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, os.cpu_count() or threads))  # very many crash it
     keep_freed_memory()
     choose_matmul_precision()
     torch.distributions.Distribution.set_default_validate_args(False)  # checks wait for the GPU
@@ -439,12 +439,20 @@ def parse_args(cls, presets, choose_preset, argv=None):
         for name, value in vars(args).items():
             if value == "auto":  # what it stood for when the run began
                 setattr(args, name, default[name])
-            elif value != default[name] and name not in changeable:
+            elif not same_flag(name, value, default[name]) and name not in changeable:
                 raise UserError(f"{flag_name(name)} cannot change in a run that exists")
     if args.track:
         with explain("--track needs pip install wandb", ImportError):
             importlib.import_module("wandb")
     return args
+
+
+def same_flag(name, value, other):
+    """Whether two values of a flag mean the same: of --env-kwargs, the same JSON."""
+    if name == "env_kwargs":
+        with contextlib.suppress(ValueError):
+            return json.loads(value) == json.loads(other)
+    return value == other
 
 
 def flag_name(name):
@@ -533,13 +541,14 @@ def open_run(args, shapes, replay_bytes, checkpoint_bytes=0):
         disk = next(folder for folder in (run, *run.parents) if folder.exists())
         free = shutil.disk_usage(disk).free / 2**30
         if needed > free:
-            raise UserError(f"replay and checkpoints take {needed:.1f} GiB of {free:.1f} free: "
+            raise UserError(f"replay and checkpoints take {needed:.3g} GiB of {free:.3g} free: "
                             "lower --replay-size")  # fmt: skip
-        if RANK == 0:
-            for rank in range(WORLD):
-                (rank_folder(run, rank) / "replay").mkdir(parents=True)
-            (run / "shapes.yaml").write_text(yaml.safe_dump(shapes, sort_keys=False))
-        write_args(run, args)
+        with explain(f"no run can begin in {shown(run)}", OSError):
+            if RANK == 0:
+                for rank in range(WORLD):
+                    (rank_folder(run, rank) / "replay").mkdir(parents=True)
+                (run / "shapes.yaml").write_text(yaml.safe_dump(shapes, sort_keys=False))
+            write_args(run, args)
     wait_for_all()
     if not is_new and not any((run / name).exists() for name in CHECKPOINTS):
         hint = "nothing was saved yet, remove the folder to begin again"

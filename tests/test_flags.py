@@ -277,6 +277,15 @@ def test_resume_may_change_how_long_and_where_but_not_what_is_learned(script):
             parse(script, f"--resume {script} {change}")
 
 
+def test_keywords_of_an_environment_can_be_typed_again_in_other_words(script, tmp_path):
+    write_args(tmp_path / "run", small_args(script, env_kwargs='{"g": 5, "a": [1]}'))
+    again = ["--resume", f"{tmp_path}/run", "--env-kwargs"]
+    parse(script, [*again, '{"a":[1],"g":5.0}'])
+    for other in ('{"g": 6, "a": [1]}', "{", "{}"):
+        with pytest.raises(runtime.UserError, match="--env-kwargs cannot change"):
+            parse(script, [*again, other])
+
+
 def test_a_command_that_says_auto_can_be_typed_again(script, tmp_path):
     began = small_args(script, actor_dist="onehot", precision="float32")  # what it stood for
     write_args(tmp_path / "run", began)

@@ -1,5 +1,6 @@
 """What follows from a seed: the noise of a run, of a process and of a fork; and setup."""
 
+import os
 import resource
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def test_setup_chooses_device_and_threads():
     torch.set_num_threads(2)
     assert setup(7) == torch.device("cpu")
     assert torch.get_num_threads() == 1
+    runtime.setup(7, cuda=False, deterministic=False, threads=10**6)
+    assert torch.get_num_threads() == os.cpu_count()
 
 
 def test_after_setup_distributions_take_their_parameters_unchecked():

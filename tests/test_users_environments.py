@@ -1,13 +1,18 @@
 """Environments that users make: what they may do to a run, and spaces and actions of all kinds."""
 
+import gc
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers.envs import env_args
+from helpers.envs import env_args, reset_rows
 from gymnasium.spaces import Box, Dict, Discrete
 from helpers.command_lines import bounded
 from helpers.runs import TINY, checkpoint, counters, play, run, the_run, values
@@ -117,6 +122,51 @@ def test_eval_envs_bounds_the_environments_of_an_evaluation():
         envs, eval_envs = common.make_envs(args)
         assert (envs.num_envs, eval_envs.num_envs) == (1, made)
         assert not set(envs.indices) & set(eval_envs.indices)
+
+
+@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_environments_are_closed_at_the_latest_when_nobody_has_them(forgotten, parallel, tmp_path):
+    mark = tmp_path / "closed"
+    keywords = json.dumps({"path": str(mark)})
+    args = env_args("helpers.users:Closing-v0", env_kwargs=keywords)
+    envs = common.Envs(args, 1, parallel)
+    reset_rows(envs)
+    mark.unlink(missing_ok=True)  # of the one that gymnasium makes here to see its spaces
+    if not forgotten:
+        envs.close()
+    del envs
+    gc.collect()
+    assert mark.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["sys.exit(2)", "raise ZeroDivisionError"])
+def test_environments_are_closed_when_python_ends(ends, tmp_path):
+    keywords = json.dumps({"path": "closed"})
+    program = f"""if True:
+        import sys
+        from helpers.envs import env_args
+        import common
+        args = env_args("helpers.users:Closing-v0", env_kwargs={keywords!r})
+        envs = common.Envs(args, 1)
+        {ends}
+    """
+    (tmp_path / "program.py").write_text(program)
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True)
+    assert done.returncode == (2 if "2" in ends else 1)
+    assert (tmp_path / "closed").exists()
+
+
+@pytest.mark.slow
+def test_an_environment_that_does_not_end_is_killed():
+    envs = common.Envs(env_args("helpers.users:Hanging-v0"), 1, parallel=True)
+    reset_rows(envs)
+    envs.send(envs.random_actions())
+    envs.close()
+    assert not envs.vector.processes[0].is_alive()
 
 
 class Reseeding(Basic):
@@ -292,12 +342,40 @@ def test_an_environment_of_images_is_not_drawn_for_pixels(observation):
     assert env.reset()[0]["image"].shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize("drawing", [
+    None, [np.zeros((9, 7, 3), np.uint8)], np.zeros((9, 7, 3)), np.zeros((9, 7, 4), np.uint8),
+])  # fmt: skip
+def test_what_an_environment_draws_has_to_be_an_image(drawing):
+    class Drawn(Basic):
+        metadata: ClassVar = {"render_modes": ["rgb_array"]}
+        render_mode = "rgb_array"
+
+        def __init__(self, render_mode=None):
+            pass
+
+        def render(self):
+            return drawing
+
+    env = common.make_env(env_args(register(Drawn), observation="pixels"), 0)
+    with pytest.raises(ChildProcessError, match=r"Mine-v0 .* failed: ValueError: render\(\) gives"):
+        env.reset()
+    with pytest.raises(ChildProcessError, match=r"gives .*, not uint8 of shape \(H, W\) or"):
+        env.render()
+
+
 # Films
 def test_a_long_film_has_at_most_1000_images_from_beginning_to_end():
     film = common.Film()
     for number in range(5300):
-        film.add(number)
+        film.add(np.array(number))
     assert 500 < len(film.images) <= 1000
     assert film.images[0] == 0
     assert film.images[-1] > 5300 - 10
     assert len(set(np.diff(film.images))) == 1
+
+
+def test_a_film_has_images_of_one_size():
+    film = common.Film()
+    for height in (4, 4, 8, 4):
+        film.add(np.zeros((height, 4, 3), np.uint8))
+    assert [image.shape for image in film.images] == [(4, 4, 3)] * 3

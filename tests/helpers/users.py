@@ -1,6 +1,8 @@
 """Environments as users write them, with and without mistakes."""
 
+import contextlib
 import subprocess
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -53,4 +55,25 @@ class Starting(Basic):
         return super().reset(**kwargs)
 
 
+class Closing(Basic):
+    """Makes a file when it is closed, as others end a server."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def close(self):
+        self.path.touch()
+
+
+class Hanging(Basic):
+    """Its steps do not end, whatever is raised in them."""
+
+    def step(self, action):
+        while True:
+            with contextlib.suppress(SystemExit):
+                time.sleep(60)
+
+
 register(Starting, "Starting-v0")
+register(Closing, "Closing-v0")
+register(Hanging, "Hanging-v0")
