@@ -484,8 +484,6 @@ def test_bfloat16_losses_are_close_to_float32_on_the_cpu(script, discrete):
 @pytest.mark.parametrize("discrete", [True, False])
 def test_in_bfloat16_every_weight_gets_a_gradient(script, discrete):
     # The autocast of older torch kept weights that the dream had rounded, without a gradient.
-    if script is dreamerv1 and discrete:
-        pytest.skip("DreamerV1 takes continuous actions")
     x = agents.make(script, discrete=discrete, precision="bfloat16")
     agents.update(x, agents.make_batch(discrete=discrete))
     trained = {name: p for name, p in x.agent.named_parameters() if p.requires_grad}
