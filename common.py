@@ -218,8 +218,9 @@ class DreamerSpaces(gym.Wrapper):
         empty = any(0 in box.shape for box in boxes.values())
         odd = any(boxes[k].shape[2:] not in ((), (1,), (3,)) for k in self.image_keys)
         if not spaces or len(self.image_keys) > 1 or odd or empty:
-            wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3)"
-            wanted = "vectors" if observation == "vector" else wanted
+            wanted = "vectors"
+            if observation != "vector":
+                wanted = "at most one image, uint8 of shape (H, W), (H, W, 1) or (H, W, 3)"
             said = f"--observation {observation} does not fit observations {space}"
             raise UserError(f"{said}: it takes {wanted}")
         self.observation_space = Dict(spaces)
@@ -637,8 +638,8 @@ class Film:
         self.seen = 0
 
     def add(self, image):
-        is_fit = not self.images or image.shape == self.images[0].shape
-        if self.seen % self.every == 0 and is_fit:
+        fits = not self.images or image.shape == self.images[0].shape
+        if fits and self.seen % self.every == 0:
             self.images.append(image)
         self.seen += 1
         if len(self.images) > 1000:

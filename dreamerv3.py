@@ -660,8 +660,8 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
         reward = world_model.reward(feat)  # (I, N)
         value = critic(feat)  # (I, N)
         slow_value = slow_critic(feat)  # (I, N)
-        # Replay knows whether the start state was terminal, so that is not predicted. It only
-        # weights the losses, and is without gamma.
+        # Replay knows whether the start state was terminal, so that is not predicted. The
+        # start's discount only weights the losses, and is without gamma.
         predicted = torch.sigmoid(world_model.discount(feat[1:]))  # gamma included
         disc = torch.cat([1 - is_terminal.reshape(1, -1), predicted])  # (I, N)
         ret = lambda_return(reward[1:], value[1:], disc[1:], args.discount_lambda)  # (I-1, N)
@@ -816,7 +816,7 @@ def follow(slow_critic, critic, rate):
 
 
 def update(agent, optimizer, batch, args, start=None):
-    """Learns from a batch of (T, B, ...), with a start of RSSM.observe -> metrics: dict of ()."""
+    """Learns from a batch of (T, B, ...), start as in RSSM.observe -> metrics: dict of ()."""
     bfloat16 = args.precision == "bfloat16"
     with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=bfloat16):
         model_loss, post, metrics = agent["world_model"].loss(batch, start)
