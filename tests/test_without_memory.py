@@ -34,7 +34,7 @@ def test_a_state_follows_from_its_own_row_and_the_prior_from_the_row_before(rssm
     assert same.tolist() == [True, True, False, True, True]
     same = (prior["logit"] == other_prior["logit"]).flatten(1).all(1)
     assert same.tolist() == [True, True, True, False, True]
-    assert (post["deter"] == post["deter"][0, 0]).all()
+    torch.testing.assert_close(post["deter"], post["deter"][0, 0].expand_as(post["deter"]))
 
 
 def test_the_prior_sees_the_action_that_led_to_a_row_but_for_the_first(rssm):
