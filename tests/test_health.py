@@ -202,5 +202,5 @@ def test_a_good_run_leaves_the_range_of_the_others_in_one_metric_of_forty_at_mos
                     assert compared.startswith(f"{len(seeds) - 1} good runs of {name}")
                     said += len(lines)
                     metrics += sum(map(len, reached.values()))
-                assert metrics > 20 * len(seeds)  # seven and more at each of three marks
+                assert metrics > 20 * len(seeds)  # seven or more after 1,000, 3,000, 5,900 updates
                 assert said <= metrics / 40, name
