@@ -7,7 +7,7 @@
 
 What follows -- goes to every run. The same command again goes on where it stopped: finished runs
 are skipped, the others go on from their last checkpoint. An interrupt lets every run save itself.
-Each has OUT/TASK/seed-N with its log and its run folder, OUT/TASK/seed-N/run.
+Each has OUT/TASK/seed-N with its log and its run folder, OUT/TASK/seed-N/TASK-N.
 Curves go to OUT/curves, or with --pin to benchmarks/curves. Exit code 1 if a run failed.
 
 --scripts takes any script that has Args and PRESETS, as a changed copy of ours does: a path from
