@@ -69,7 +69,8 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     grayscale: bool = True  # images of one channel, not three
     action_repeat: Count = 4  # frames per agent step
     time_limit: Whole = 108_000  # frames per episode, 0 is the environment's own limit
-    sticky_prob: Annotated[float | None, 0, 1] = 0.25  # Atari: chance of the last action again
+    # Atari: chance of the last action again; None is that of the id
+    sticky_prob: Annotated[float | None, 0, 1] = 0.25
     full_action_space: bool = True  # Atari: all 18 actions, not only the game's
     # --- replay ---
     replay_size: Count = 5_000_000  # rows that are kept, resets included
@@ -99,7 +100,7 @@ class Args:  # Count 1, 2, ...; Whole 0, 1, ...; Rate > 0; Weight >= 0; Share in
     actor_entropy: Weight = 3e-4  # eta of Eq. 6, the weight of the entropy
     return_rate: Share = 0.01  # share of the newest returns in their running range
     replay_critic: Weight = 0.3  # weight of the critic's loss on replayed states
-    slow_rate: Share = 0.02  # share of the way to the critic that the slow one goes per update
+    slow_rate: Share = 0.02  # share of its distance to the critic that slow_critic moves per update
     slow_scale: Weight = 1.0  # weight of the critic's loss for the slow critic's values
     eval_sample: bool = True  # evaluate with sampled actions, not with the mode
     # --- optimizer ---
@@ -145,7 +146,7 @@ PRESETS = {
     "atari": {}, "atari100k": ATARI100K, "dmc_pixels": DMC | {"total_frames": 1_200_000},
     "dmc_vector": DMC | {"total_frames": 600_000}, "crafter": CRAFTER, "other": SMALL,
 }  # fmt: skip
-SIZES = {  # deter, hidden and units, classes, cnn_depth
+SIZES = {  # deter, units (hidden too), classes, cnn_depth
     "tiny": (256, 64, 8, 8), "1m": (512, 64, 4, 4), "12m": (2048, 256, 16, 16),
     "25m": (3072, 384, 24, 24), "50m": (4096, 512, 32, 32), "100m": (6144, 768, 48, 48),
     "200m": (8192, 1024, 64, 64), "400m": (12288, 1536, 96, 96),
@@ -337,7 +338,7 @@ class TwoHotHead(Head):
         return ((prob - prob.flip(-1))[..., 128:] * self.bins[128:]).sum(-1)
 
     def loss(self, logits, target):
-        """Cross-entropy with the target shared between its two neighbors: (...) (Eq. 11)."""
+        """Cross-entropy with the target shared between its two neighbors: (...) (Eqs. 11, 12)."""
         above = torch.searchsorted(self.bins, target).clamp(1, 254)
         low = self.bins[above - 1]
         high = self.bins[above]
@@ -615,8 +616,8 @@ class WorldModel(nn.Module):
 def lambda_return(reward, next_value, disc, lambda_):
     """Eq. 5, from the last step back: (I-1, N) each -> (I-1, N).
 
-    next_value, disc: of the state that each reward led to; the last value stands for all that
-    follows. lambda_: a number, or of that shape. On replay the shapes are (T-1, B).
+    next_value, disc: of the state that each reward came with; the last value stands for all
+    that follows. lambda_: a number, or of that shape. On replay the shapes are (T-1, B).
     """
     target = reward + disc * (1 - lambda_) * next_value
     keep = disc * lambda_
@@ -643,7 +644,7 @@ class ReturnRange(nn.Module):
         self.range.lerp_(percentiles, self.rate)
 
     def scale(self):
-        """What to divide advantages by: () (Eq. 7)."""
+        """max(1, S) of Eq. 6, S of Eq. 7: what to divide advantages by, ()."""
         return (self.range[1] - self.range[0]).clamp(min=1)
 
 
@@ -667,7 +668,7 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
         ret = lambda_return(reward[1:], value[1:], disc[1:], args.discount_lambda)  # (I-1, N)
         weight = torch.cumprod(disc, 0)  # (I, N), how far each state still counts
         return_range.update(ret)
-        advantage = (ret - value[:-1]) / return_range.scale()  # (I-1, N), Eq. 7
+        advantage = (ret - value[:-1]) / return_range.scale()  # (I-1, N), in Eq. 6
 
     # state   z0   z1   z2   z3    With I = 4. The policy at z_i chose action[i + 1], and ret[i] is
     # action       a1   a2   a3    what followed it, from reward[i + 1] on. The last state trains
@@ -687,7 +688,7 @@ def behavior_loss(world_model, actor, critic, slow_critic, return_range, post, i
 
 
 def critic_error(critic, feat, ret, slow_value, args):
-    """The critic's loss for returns, and what keeps it near the slow critic: (..., F) -> (...)."""
+    """Cross-entropies with the returns and with the slow critic's values: (..., F) -> (...)."""
     logits = critic.logits(feat)
     return critic.loss(logits, ret) + args.slow_scale * critic.loss(logits, slow_value)
 

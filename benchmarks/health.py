@@ -38,7 +38,7 @@ updates, where there are at least three of them. Another page says
 [what each metric is](../../docs/metrics.md).
 """
 
-# What each metric means where it is too low and too high, and what to try first.
+# What each metric of V1 and V2 means where it is too low and too high, and what to try first.
 MEANING = {
     "losses/image": (
         "", "the images are not learnt, or are more varied: look at the open-loop video"
@@ -70,16 +70,45 @@ MEANING = {
         "dreams end early: see losses/discount", "dreams do not end: see losses/discount"
     ),
     "value - return": (
-        "the critic lags behind: raise --critic-lr, in V3 --lr",
-        "the critic promises too much: lower --critic-lr, in V3 --lr",
+        "the critic lags behind: raise --critic-lr",
+        "the critic promises too much: lower --critic-lr",
     ),
     "slow - value": (
-        "the slow critic lags behind: lower --slow-update, in V3 raise --slow-rate",
-        "it lags behind while values fall: lower --slow-update, in V3 raise --slow-rate",
+        "the slow critic lags behind: lower --slow-update",
+        "it lags behind while values fall: lower --slow-update",
     ),
     "grad_norm/model": ("", "rare large losses: lower --model-lr or --clip"),
     "grad_norm/actor": ("the actor is not driven: see imag/actor_entropy", "lower --actor-lr"),
     "grad_norm/critic": ("", "lower --critic-lr"),
+}  # fmt: skip
+# The same of V3, which has one learning rate and other losses.
+MEANING_V3 = {
+    "losses/image": MEANING["losses/image"],
+    "losses/vector": (
+        "", "vectors are not learnt: bring small entries to the order of 1, raise --train-ratio"
+    ),
+    "losses/reward": ("", "rewards are not predicted: raise --train-ratio"),
+    "losses/discount": MEANING["losses/discount"],
+    "model/kl": (
+        "the posterior tells nothing new: see losses/vector or losses/image",
+        "the prior does not follow: raise --dyn-scale, lower --lr",
+    ),
+    "model/post_entropy": ("", "latents are not used: lower --rep-scale"),
+    "model/prior_entropy": MEANING["model/prior_entropy"],
+    "imag/actor_entropy": (
+        "the policy is certain too early: raise --actor-entropy, lower --lr",
+        "the policy learns nothing from its dreams: see imag/return, raise --lr",
+    ),
+    "imag/discount": MEANING["imag/discount"],
+    "value - return": (
+        "the critic lags behind: raise --lr", "the critic promises too much: lower --lr"
+    ),
+    "slow - value": (
+        "the slow critic lags behind: raise --slow-rate",
+        "it lags behind while values fall: raise --slow-rate",
+    ),
+    "losses/replay_critic": ("", "values do not fit the replayed rewards: see losses/reward"),
+    "grad_norm": ("", "rare large losses: lower --lr or --agc"),
 }  # fmt: skip
 # What can be compared between tasks, and how far beyond the range counts as equal there.
 COMPARABLE = {"value - return": 0.05, "slow - value": 0.05}
@@ -88,6 +117,11 @@ ALIKE = (
     "env_id", "env_kwargs", "observation", "pixels", "action_repeat", "reward_transform", "deter",
     "hidden", "stoch", "units", "layers", "cnn_depth",
 )  # fmt: skip
+
+
+def meaning_of(script):
+    """The meanings of the metrics of a script."""
+    return MEANING_V3 if script == "dreamerv3" else MEANING
 
 
 def with_differences(row):
@@ -109,7 +143,7 @@ def stages(rows):
     found = {}
     for stage in STAGES:
         near = [with_differences(row) for row in rows if abs(row["updates"] - stage) <= stage / 4]
-        values = {tag: [row[tag] for row in near if tag in row] for tag in MEANING}
+        values = {tag: [row[tag] for row in near if tag in row] for tag in MEANING | MEANING_V3}
         found[stage] = {tag: float(np.median(seen)) for tag, seen in values.items() if seen}
     return {stage: values for stage, values in found.items() if values}
 
@@ -147,7 +181,7 @@ def ranges(runs):
     """The lowest and highest of each metric at each stage: {stage: {metric: (low, high)}}."""
     found = {stage: {} for stage in STAGES}
     for stage in STAGES:
-        for tag in MEANING:
+        for tag in MEANING | MEANING_V3:
             seen = [run[stage][tag] for run in runs if tag in run.get(stage, {})]
             if seen:
                 found[stage][tag] = (min(seen), max(seen))
@@ -169,7 +203,7 @@ def outside(script, args, rows):
     same = task_like(args, good)
     others = {seed: run for seed, run in good.get(same, {}).items() if seed != args["seed"]}
     if len(others) >= ENOUGH:
-        tags = MEANING
+        tags = meaning_of(script)
         runs = list(others.values())
         compared = f"{len(runs)} good runs of {same}"
     else:
@@ -188,7 +222,7 @@ def outside(script, args, rows):
                 slack = max(high - low, COMPARABLE[tag])
             else:
                 slack = max(high - low, abs(high) / 2, abs(low) / 2)
-            too_low, too_high = MEANING[tag]
+            too_low, too_high = meaning_of(script)[tag]
             meaning = ""
             if values[tag] < low - slack:
                 meaning = too_low
@@ -202,11 +236,11 @@ def outside(script, args, rows):
     return said, compared
 
 
-def table(runs):
-    """Markdown rows of the ranges of a task's good runs."""
+def table(script, runs):
+    """Markdown rows of the ranges of the good runs of a script on a task."""
     found = ranges(runs)
     rows = []
-    for tag in MEANING:
+    for tag in meaning_of(script):
         if any(tag in found[stage] for stage in STAGES):
             rows.append([f"`{tag}`", *(range_text(found[stage].get(tag)) for stage in STAGES)])
     return plot.markdown(["metric", *(f"{stage:,}" for stage in STAGES)], rows)
@@ -217,9 +251,9 @@ def range_text(ends):
     return f"{ends[0]:.3g} to {ends[1]:.3g}" if ends else "-"
 
 
-def meanings():
-    """Markdown rows of what each metric means."""
-    rows = [[f"`{tag}`", low or "-", high or "-"] for tag, (low, high) in MEANING.items()]
+def meanings(told):
+    """Markdown rows of what each metric means; told: MEANING or MEANING_V3."""
+    rows = [[f"`{tag}`", low or "-", high or "-"] for tag, (low, high) in told.items()]
     return plot.markdown(["metric", "too low", "too high"], rows)
 
 
@@ -229,7 +263,9 @@ def tables():
     for script in ("dreamerv1", "dreamerv2", "dreamerv3"):
         for name, seeds in good_runs(script).items():
             if len(seeds) >= ENOUGH:
-                parts.append(f"## {name}, {len(seeds)} runs\n\n{table(list(seeds.values()))}\n")
+                parts.append(
+                    f"## {name}, {len(seeds)} runs\n\n{table(script, list(seeds.values()))}\n"
+                )
     return "\n".join(parts)
 
 
@@ -250,7 +286,8 @@ def main(argv=None):
         if not tables():
             sys.exit(f"error: there are no metrics of a task in {METRICS}")
         path = records.ROOT / "docs" / "health.md"
-        path.write_text(plot.with_section(path.read_text(), "meanings", meanings()))
+        page = plot.with_section(path.read_text(), "meanings", meanings(MEANING))
+        path.write_text(plot.with_section(page, "meanings-v3", meanings(MEANING_V3)))
         (METRICS / "README.md").write_text(ranges_page())
         return 0
     try:

@@ -163,11 +163,11 @@ def test_a_run_folder_that_cannot_be_read_ends_in_one_line(tmp_path, capsys):
 def test_each_flag_that_is_advised_is_one_of_the_script():
     for number in (1, 2, 3):
         module = records.load_script(ROOT / f"dreamerv{number}.py")
+        meaning = health.meaning_of(f"dreamerv{number}")
         for runs in health.good_runs(f"dreamerv{number}").values():
-            for tag in health.COMPARABLE if number == 3 else health.ranges(runs.values())[1000]:
-                for advice in filter(None, health.MEANING[tag]):
-                    ours = advice.split(", in V3")[number == 3]
-                    for flag in re.findall(r"--[a-z-]+", ours):
+            for tag in meaning.keys() & health.ranges(runs.values())[1000].keys():
+                for advice in meaning[tag]:
+                    for flag in re.findall(r"--[a-z-]+", advice):
                         name = flag[2:].replace("-", "_")
                         assert hasattr(module.Args, name), (number, tag, flag)
 
@@ -176,12 +176,13 @@ def test_each_metric_of_the_page_is_one_that_runs_log():
     logged = (ROOT / "docs" / "metrics.md").read_text()  # which a test compares with what is logged
     ours = {"value - return", "slow - value"}
     assert set(health.COMPARABLE) == ours
-    assert all(f"`{tag}`" in logged for tag in set(health.MEANING) - ours)
+    assert all(f"`{tag}`" in logged for tag in (health.MEANING | health.MEANING_V3).keys() - ours)
 
 
 def test_the_tables_of_the_pages_are_those_of_the_pinned_runs():
     page = (ROOT / "docs" / "health.md").read_text()
-    assert plot.with_section(page, "meanings", health.meanings()) == page
+    assert plot.with_section(page, "meanings", health.meanings(health.MEANING)) == page
+    assert plot.with_section(page, "meanings-v3", health.meanings(health.MEANING_V3)) == page
     page = (health.METRICS / "README.md").read_text()
     assert page == health.ranges_page()
     assert "## dreamerv2-CartPole-v1" in page
