@@ -541,8 +541,9 @@ def open_run(args, shapes, replay_bytes, checkpoint_bytes=0):
         disk = next(folder for folder in (run, *run.parents) if folder.exists())
         free = shutil.disk_usage(disk).free / 2**30
         if needed > free:
+            lower = "--replay-size or --size" if "size" in args else "--replay-size"
             raise UserError(f"replay and checkpoints take {needed:.3g} GiB of {free:.3g} free: "
-                            "lower --replay-size")  # fmt: skip
+                            f"lower {lower}")  # fmt: skip
         with explain(f"no run can begin in {shown(run)}", OSError):
             if RANK == 0:
                 for rank in range(WORLD):

@@ -280,6 +280,8 @@ def draw_vectors(run, batch, context, horizon):
     end = min([*first[1:2], len(batch["reward"]), context + horizon])
     part = {k: v[:end] for k, v in batch.items()}
     dreamt = run.model.decoder(dream_features(run, part, context))["vector"]
+    if hasattr(run.script, "symexp"):  # V3 decodes symlogs
+        dreamt = run.script.symexp(dreamt)
     dreamt, truth = (x[:, 0].detach().cpu().numpy() for x in (dreamt, part["vector"]))
     count = min(truth.shape[1], 6)
     figure, axes = pyplot.subplots(count, 1, figsize=(9, 1.3 * count), sharex=True, squeeze=False)

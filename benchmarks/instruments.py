@@ -547,10 +547,14 @@ def health(run, batch):
         dead = collapsed(post)
     torch.manual_seed(0)
     model_loss, post, _ = run.model.loss(batch)
-    model_loss.backward()
+    actor_loss, critic_loss, *rest = behavior_loss(run, post, batch["is_terminal"], run.args)
+    if hasattr(run.script, "replay_critic_loss"):  # in V3 it trains model and critic as well
+        networks = (run.rssm, run.agent["critic"], run.agent["slow_critic"])
+        loss = run.script.replay_critic_loss(*networks, post, rest[0], batch, run.args)
+        model_loss = model_loss + run.args.replay_critic * loss
+        critic_loss = critic_loss + run.args.replay_critic * loss
+    model_loss.backward(inputs=[*run.model.parameters()], retain_graph=True)
     norms = {f"world_model.{k}": gradient_norm(m) for k, m in run.model.named_children()}
-    run.agent.zero_grad()
-    actor_loss, critic_loss, *_ = behavior_loss(run, post, batch["is_terminal"], run.args)
     for name, loss in {"actor": actor_loss, "critic": critic_loss}.items():
         loss.backward(inputs=[*run.agent[name].parameters()], retain_graph=True)
         norms[name] = gradient_norm(run.agent[name])

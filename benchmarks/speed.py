@@ -1,6 +1,6 @@
 """Times what a Dreamer does: updates and their parts, acting, replay, environments.
 
-    python benchmarks/speed.py                          # the three CPU workloads, ours alone
+    python benchmarks/speed.py                          # the five CPU workloads, ours alone
     python benchmarks/speed.py --workloads W3 --repeats 30 --precision bfloat16
     python benchmarks/speed.py --peer sheeprl --peer-python ENV/bin/python
     python benchmarks/speed.py --scaling W3             # the cost of longer, wider, deeper
@@ -419,14 +419,14 @@ def main(args):
             changes = WORKLOADS[args.scaling]["changes"]
             plan += [(args.scaling, {"changes": changes | {key: v}}) for v in values]
     elif args.gpu:
-        names = args.workloads or ["W2", "W1", "atari50", "dmc2"]
+        names = args.workloads or ["W2", "W1", "W5", "atari50", "dmc2"]
         for mode, precision in GPU_MODES:
             if args.mode in (None, mode) and args.precision in (None, precision):
                 plan += [(name, {"mode": mode, "precision": precision}) for name in names]
         if not plan:
             sys.exit(f"error: --gpu measures no --mode {args.mode} in {args.precision}")
     else:
-        plan += [(name, {}) for name in args.workloads or ["W1", "W2", "W3"]]
+        plan += [(name, {}) for name in args.workloads or [f"W{i}" for i in range(1, 6)]]
     for name, options in plan:
         try:
             reports.append(measure(name, args, **options))

@@ -177,11 +177,13 @@ def measure(script, seeds, precision, peer_python=None):
         unsolved = [run["seed"] for run in runs if "seconds" not in run]
         if unsolved:
             print(f"error: {env_id} was not solved by seeds {unsolved}", file=sys.stderr)
+        runs = [run for run in runs if "seconds" in run]
+        if not runs:
             continue
         seconds = statistics.median(run["seconds"] for run in runs)
         evaluation = statistics.median(run["parts"]["evaluation"] for run in runs)
         report = {"script": script.name, "precision": precision, "env_id": env_id}
-        report |= {"solved at": solved, "runs": runs}
+        report |= {"solved at": solved, "runs": runs, "unsolved": unsolved}
         report |= {"median seconds": seconds, "of which evaluation": evaluation}
         if peer_python:
             ratios = [without_evaluation(run) / run["peer seconds"] for run in runs]

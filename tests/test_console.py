@@ -108,14 +108,14 @@ def test_a_run_and_its_evaluation_end_with_return_episodes_and_folder(
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" in 2 episodes, {folder}")
 
 
-@pytest.mark.parametrize("script", ["dreamerv1.py", "dreamerv2.py"])
+@EVERY_SCRIPT
 def test_an_evaluation_elsewhere_stands_beside_that_of_the_training(
     script, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     monkeypatch.syspath_prepend(tmp_path)
-    folder = play(script, CARTPOLE)
+    folder = play(script, IN[script])
     returns = [r["eval/episodic_return"] for r in metrics(folder) if "eval/episodic_return" in r]
     capsys.readouterr()
     for flags in (

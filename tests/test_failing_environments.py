@@ -15,7 +15,9 @@ from helpers.envs import make_envs, reset_rows, step
 from gymnasium.spaces import Dict
 from helpers.failing import FAILS_AT, STEPS, let_fail
 from helpers.processes import ROOT, finish, start
-from helpers.runs import TINY, UNCLOSED, checkpoint, metrics, play, the_error, the_run
+from helpers.runs import (
+    EVERY_SCRIPT, TINY, UNCLOSED, checkpoint, metrics, play, the_error, the_run, tiny,
+)  # fmt: skip
 from helpers.users import BOX, Basic, register
 
 SHORT = f"{TINY} --train-every 20 --prefill 40 --total-frames 80"
@@ -158,24 +160,30 @@ def check_broken_off(folder, script, how, envs, out, err, go_on):
     assert first[broke_off].all()
 
 
-LONGER = f"{TINY} --train-every 50 --prefill 50 --total-frames 400 --eval-every 0"
+LONGER = "--total-frames 400 --eval-every 0"
 
 
+@EVERY_SCRIPT
 def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, place, capsys):
     let_fail(place, 1, [0], episode=4)
-    folder = play(script, f"{LONGER} --env-id helpers.failing:step-raise-v0", 1)
+    flags = f"{tiny(script, 50)} {LONGER}"
+    folder = play(script, f"{flags} --env-id helpers.failing:step-raise-v0", 1)
     out, err = capsys.readouterr()
     check_broken_off(folder, script, "raise", "", out, err, lambda flags: play(script, flags))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "how"), [("dreamerv1.py", "raise"), ("dreamerv2.py", "die")])
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [("dreamerv1.py", "raise"), ("dreamerv2.py", "die"), ("dreamerv3.py", "die")],
+)
 def test_an_environment_in_a_process_that_fails_is_named_and_nothing_else_is_lost(
     script, how, tmp_path
 ):
     let_fail(tmp_path, 1, [0, 1], episode=4)
     envs = "--num-envs 2 --async-envs"
-    process = start(script, f"{LONGER} --env-id helpers.failing:step-{how}-v0 {envs}", tmp_path)
+    flags = f"{tiny(script, 50)} {LONGER} --env-id helpers.failing:step-{how}-v0 {envs}"
+    process = start(script, flags, tmp_path)
     done = finish(process, 1)  # it does not wait for the environment
 
     def go_on(flags):

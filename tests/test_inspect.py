@@ -15,6 +15,7 @@ import instruments as tools
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 from helpers.processes import start, wait_until
 from helpers.runs import play
@@ -451,6 +452,21 @@ def test_what_cannot_be_inspected_is_said_in_one_line(folder, tmp_path):
             inspect(*flags)
         assert text in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_perfect_dream_of_vectors_is_drawn_over_what_happened(run, monkeypatch):
+    batch = tools.replayed(run, 1, 12)
+    batch["is_first"] = torch.zeros_like(batch["is_first"])
+    batch["vector"] = 5 * batch["vector"]  # so large that V3's symlog differs from it
+    perfect = tools.reconstructed(run, "vector", batch["vector"])
+    monkeypatch.setattr(run.model.decoder, "forward", lambda feat: {"vector": perfect})
+    monkeypatch.setattr(inspect_run, "figure_bytes", lambda figure: figure)
+    figure = inspect_run.draw_vectors(run, batch, 4, 8)
+    assert len(figure.axes) == batch["vector"].shape[-1]
+    for axis in figure.axes:
+        happened, dreamt, _ = axis.lines
+        assert np.allclose(happened.get_ydata(), dreamt.get_ydata(), atol=1e-4)
+    pyplot.close(figure)
 
 
 @pytest.mark.slow

@@ -13,15 +13,15 @@ import pytest
 from helpers.envs import env_args, reset_rows, step
 from helpers.processes import ROOT, finish, has_logged, start, wait_until
 from helpers.runs import (
-    TINY, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after,
-    the_run, values,
+    EVERY_SCRIPT, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after,
+    the_run, tiny, values,
 )  # fmt: skip
 from helpers.users import Endless, register
 
 import common
 import runtime
 
-LONG = f"{TINY} --env-id CartPole-v1 --train-every 20 --total-frames 100000 --log-every 50"
+LONG = "--env-id CartPole-v1 --total-frames 100000 --log-every 50"
 
 
 # The loop
@@ -93,13 +93,14 @@ def test_what_an_environment_in_a_process_starts_can_be_interrupted():
 
 
 # A run
+@EVERY_SCRIPT
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     script, place, capsys, no_estimate, number, code
 ):
     calls = itertools.count(1)
     with signal_after(module_of(script), "update", lambda *_: next(calls) == 5, number):
-        folder = play(script, f"{LONG} --eval-every 0", code)
+        folder = play(script, f"{tiny(script)} {LONG} --eval-every 0", code)
     step, updates = counters(folder)
     assert updates == 5
     assert step - 50 < metrics(folder)[-1]["frames"] <= step
@@ -108,8 +109,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
+@EVERY_SCRIPT
 def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_path):
-    flags = f"{LONG} --num-envs 2 --async-envs"
+    flags = f"{tiny(script)} {LONG} --num-envs 2 --async-envs"
     process = start(script, flags, tmp_path, start_new_session=True)
     wait_until(lambda: has_logged(tmp_path, '"updates": 5'))
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process of the group
@@ -118,6 +120,7 @@ def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_
 
 
 @UNCLOSED
+@EVERY_SCRIPT
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, place, monkeypatch, capsys):
     module = module_of(script)
     update = module.update
@@ -133,15 +136,16 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(script, place, monkeypa
         return update(*args, **kwargs)
 
     monkeypatch.setattr(module, "update", stop_at_once)
-    folder = play(script, LONG, 130)
+    folder = play(script, f"{tiny(script)} {LONG}", 130)
     assert len(calls) == 5
     assert [path.name for path in folder.glob("checkpoint*")] == ["checkpoint.pt"]
     assert counters(folder) == (0, 0)
     assert "Traceback" not in capsys.readouterr().err
 
 
+@EVERY_SCRIPT
 def test_a_signal_breaks_off_an_evaluation_which_a_resumed_run_repeats(script, place, monkeypatch):
-    flags = f"{TINY} --env-id {register(Endless)} --prefill 40 --total-frames 80 --eval-every 60"
+    flags = f"{tiny(script, 40)} --env-id {register(Endless)} --total-frames 80 --eval-every 60"
     steps = itertools.count(1)
     with signal_after(Endless, "step", lambda *_: next(steps) == 100):
         folder = play(script, flags, 143)
@@ -155,8 +159,9 @@ def test_a_signal_breaks_off_an_evaluation_which_a_resumed_run_repeats(script, p
 
 def test_a_dropped_terminal_lets_a_run_save_itself(tmp_path):
     reader, writer = os.pipe()
+    flags = f"{tiny('dreamerv2.py')} {LONG} --eval-every 0"
     process = start(
-        "dreamerv2.py", f"{LONG} --eval-every 0", tmp_path, stdout=writer, stderr=writer,
+        "dreamerv2.py", flags, tmp_path, stdout=writer, stderr=writer,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     os.close(writer)
@@ -169,7 +174,8 @@ def test_a_dropped_terminal_lets_a_run_save_itself(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_needs_no_stderr(tmp_path):
-    command = f"{sys.executable} {ROOT / 'dreamerv2.py'} {LONG} --total-frames 210 2>&-"
+    flags = f"{tiny('dreamerv2.py')} {LONG} --total-frames 210"
+    command = f"{sys.executable} {ROOT / 'dreamerv2.py'} {flags} 2>&-"
     command = re.sub(r"\s+", " ", command)
     assert subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False).returncode == 0
     assert counters(the_run(tmp_path))[0] == 210

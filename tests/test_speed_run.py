@@ -46,6 +46,18 @@ def test_a_run_is_timed_from_its_cold_start_until_it_has_solved_its_task(monkeyp
     assert run["parts"]["learning"] > run["parts"]["environment"]
 
 
+def test_seeds_that_never_solve_a_task_are_named_beside_the_times_of_the_others(monkeypatch):
+    def time_ours(script, env_id, seed, precision):
+        solved = {"seconds": 10.0 * seed} if env_id == "CartPole-v1" and seed < 3 else {}
+        return {"parts": {"evaluation": 1.0}, "args": {}} | solved
+
+    monkeypatch.setattr(speed_run, "time_ours", time_ours)
+    [report] = speed_run.measure(ROOT / "dreamerv3.py", [1, 2, 3], "float32")
+    assert report["env_id"] == "CartPole-v1"
+    assert report["unsolved"] == [3]
+    assert report["median seconds"] == 15
+
+
 def test_a_workload_whose_process_ends_is_reported_and_the_others_are_measured(
     monkeypatch, tmp_path, capsys
 ):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from helpers.failing import FAILS_AT, STEPS, let_fail
 from helpers.processes import ROOT, finish, has_logged, start, wait_until
-from helpers.runs import SCRIPTS, checkpoint, counters, metrics, the_run, values
+from helpers.runs import EVERY_SCRIPT, SCRIPTS, checkpoint, counters, metrics, the_run, values
 
 TINY = """--batch-size 4 --batch-length 7 --deter 16 --hidden 16 --units 16 --stoch 3 --threads 1
-    --pretrain 2 --train-every 20 --prefill 100 --eval-episodes 2 --log-every 50 --eval-every 150
-    --env-id CartPole-v1"""
-FLAGS = {"dreamerv1.py": f"{TINY} --train-steps 1", "dreamerv2.py": f"{TINY} --classes 4"}
+    --eval-episodes 2 --log-every 50 --eval-every 150 --env-id CartPole-v1"""
+TWIN = f"{TINY} --pretrain 2 --train-every 20 --prefill 100"
+FLAGS = {"dreamerv1.py": f"{TWIN} --train-steps 1", "dreamerv2.py": f"{TWIN} --classes 4"}
+FLAGS["dreamerv3.py"] = f"{TINY} --classes 4 --blocks 2 --train-ratio 6"
 
 
 @pytest.fixture
@@ -255,6 +256,7 @@ sys.exit(code)
 
 
 @pytest.mark.slow
+@EVERY_SCRIPT
 def test_each_process_draws_noise_of_its_own_and_still_has_the_networks_of_the_others(
     script, tmp_path, torchrun
 ):
@@ -318,6 +320,7 @@ def test_an_environment_that_fails_in_one_process_leaves_replays_of_one_length(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@EVERY_SCRIPT
 def test_nccl_inside_the_captured_update_learns_as_outside_of_it(script, tmp_path, torchrun):
     losses = {}
     for graph in ("graph", "no-graph"):

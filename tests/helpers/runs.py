@@ -33,6 +33,11 @@ TINY_V3 = """--batch-size 3 --batch-length 7 --deter 16 --hidden 16 --units 16 -
 CLOCK = {"seconds", "charts/SPS", "time/updates_per_second"}  # differ from run to run
 
 
+def tiny(script, prefill=200):
+    """Flags of a small run of a script, an update every twenty steps; V3's begin at once."""
+    return TINY_V3 if script == "dreamerv3.py" else f"{TINY} --train-every 20 --prefill {prefill}"
+
+
 @contextlib.contextmanager
 def kept_process():
     """Puts back what a run changes for its whole process."""
