@@ -513,32 +513,37 @@ def tens(history, key):
 
 
 @pytest.mark.parametrize(
-    "kind", ["v2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("v1", "v2_continuous"))]
+    "kind",
+    ["v2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("v1", "v2_continuous", "v3"))],
 )
 def test_fifty_updates_in_bfloat16_lose_as_much_as_in_float32(kind):
-    """The world model's losses, means of ten updates: within 1 % at first, 10 % at last.
+    """The world model's losses, means of ten updates: within 1 % at first, in V3 3 %, 10 % at last.
 
-    Another seed makes as much of a difference; the losses fall to less than half.
+    Another seed makes as much of a difference; the losses fall to less than 70 %.
     """
     histories = []
+    v3 = kind == "v3"
+    fast = {"lr": 1e-3, "warmup": 1} if v3 else {"model_lr": 3e-3}
     for precision in ("float32", "bfloat16"):
-        update, _ = learner(kind, precision=precision, model_lr=3e-3)
+        update, _ = learner(kind, precision=precision, **fast)
         torch.manual_seed(5)
         histories.append([update(make_batch(i)) for i in range(50)])
     for key in ("losses/image", "losses/vector", "losses/model"):
         ours, theirs = (tens(history, key) for history in histories)
-        torch.testing.assert_close(ours[:2], theirs[:2], rtol=0.01, atol=0)
+        torch.testing.assert_close(ours[:2], theirs[:2], rtol=0.03 if v3 else 0.01, atol=0)
         torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0)
         assert ours[-1] < 0.7 * ours[0]
         assert not torch.equal(ours, theirs)  # or nothing was in bfloat16
 
 
-@agents.both_twins
-@pytest.mark.parametrize("norm", ["none", "layer"])
-def test_gradients_in_bfloat16_are_those_of_float32_however_many_rows_they_sum(script, norm):
+@pytest.mark.parametrize(("script", "options"), [
+    *((script, {"norm": norm}) for script in TWINS.values() for norm in ("none", "layer")),
+    (SCRIPTS["dreamerv3"], {}),
+])  # fmt: skip
+def test_gradients_in_bfloat16_are_those_of_float32_however_many_rows_they_sum(script, options):
     """Within 2 %. Torch's own layer norm is off by several times on a CPU, with 5,000 rows."""
     torch.manual_seed(3)
-    layers = script.mlp(24, 2, script.Args(units=32, norm=norm))
+    layers = script.mlp(24, 2, script.Args(units=32, **options))
     rows, weight = torch.randn(5000, 24), torch.linspace(-1, 1, 32)
     gradients = []
     for bfloat16 in (False, True):

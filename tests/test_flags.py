@@ -106,6 +106,7 @@ def test_flags_override_the_preset(script):
     assert args == expected | {"deter": 7, "cuda": False, "sticky_prob": 0.25}
 
 
+@EVERY_SCRIPT
 @pytest.mark.parametrize(("flags", "preset"), [
     ("--env-id CartPole-v1", "other"), ("--env-id PongNoFrameskip-v4", "atari"),
     ("--env-id dm_control/walker-walk-v0", "dmc_pixels"),
@@ -119,7 +120,8 @@ def test_help_shows_the_values_in_force(script, monkeypatch, flags, preset):
     module = module_of(script)
     in_force = dataclasses.asdict(module.Args()) | module.PRESETS[preset]
     in_force["env_id"] = flags.split()[1]
-    for name in ("env_id", "total_frames", "action_repeat", "prefill", "deter", "model_lr"):
+    own = ["train_ratio", "lr"] if script == "dreamerv3.py" else ["prefill", "model_lr"]
+    for name in ("env_id", "total_frames", "action_repeat", "deter", *own):
         shown = re.search(rf"{flag_of(name)} [A-Z]+ .*?\(default: ([^)]*)\)", out, re.DOTALL)
         assert shown[1] == str(in_force[name]), name
 
@@ -159,22 +161,26 @@ def test_numbers_at_their_bounds_are_taken(script):
 
 SHARES = [
     "sticky_prob", "gamma", "discount_lambda", "kl_balance", "actor_grad_mix", "expl_epsilon",
-    "expl_min",
+    "expl_min", "unimix", "slow_rate", "return_rate",
 ]  # fmt: skip
 SIZES = [
     "num_envs", "batch_size", "deter", "hidden", "units", "stoch", "classes", "cnn_depth",
     "layers", "reward_layers", "eval_episodes", "total_frames", "action_repeat", "replay_size",
     "train_every", "train_steps", "slow_update",
 ]  # fmt: skip
-ABOVE_0 = ["model_lr", "adam_eps", "clip", "expl_decay"]
+WIDTHS = ["deter", "hidden", "units", "classes", "cnn_depth"]  # in V3 0 is that of --size
+ABOVE_0 = ["model_lr", "adam_eps", "clip", "expl_decay", "lr", "agc", "train_ratio"]
 
 
+@EVERY_SCRIPT
 def test_what_is_a_share_goes_to_1_and_what_is_a_size_begins_at_1(script):
-    assert {*SHARES, *SIZES, *ABOVE_0} <= {*hints("dreamerv1.py"), *hints("dreamerv2.py")}
+    every = [*SCRIPTS, "dreamerv3.py"]
+    assert {*SHARES, *SIZES, *ABOVE_0} <= set().union(*(hints(script) for script in every))
     for name in SHARES:
         assert name not in hints(script) or bounds(script, name) == (0, 1), name
     for name in SIZES:
-        assert name not in hints(script) or bounds(script, name)[0] == 1, name
+        least = 0 if script == "dreamerv3.py" and name in WIDTHS else 1
+        assert name not in hints(script) or bounds(script, name)[0] == least, name
     assert bounds(script, "imag_horizon")[0] == 2  # the last imagined state has no return
     assert bounds(script, "batch_length")[0] == 2  # V1 learns no discount of a window's first row
     for name in ABOVE_0:
@@ -238,6 +244,8 @@ def test_an_unknown_flag_is_named(script, name, first, valued):
     ("dreamerv1.py", "--slow-update 100"), ("dreamerv1.py", "--actor-grad both"),
     ("dreamerv1.py", "--actor-dist trunc_normal"), ("dreamerv2.py", "--train-steps 2"),
     ("dreamerv2.py", "--expl-noise 0.3"), ("dreamerv2.py", "--act gelu"),
+    ("dreamerv3.py", "--kl-scale 1"), ("dreamerv3.py", "--prefill 200"),
+    ("dreamerv2.py", "--size 12m"), ("dreamerv1.py", "--train-ratio 32"),
 ])  # fmt: skip
 def test_a_flag_that_only_another_version_has_is_named(script, flags):
     assert flags.split()[0] in refuse_flags(script, *flags.split())
@@ -286,6 +294,7 @@ def test_keywords_of_an_environment_can_be_typed_again_in_other_words(script, tm
             parse(script, [*again, other])
 
 
+@EVERY_SCRIPT
 def test_a_command_that_says_auto_can_be_typed_again(script, tmp_path):
     began = small_args(script, actor_dist="onehot", precision="float32")  # what it stood for
     write_args(tmp_path / "run", began)
@@ -293,6 +302,7 @@ def test_a_command_that_says_auto_can_be_typed_again(script, tmp_path):
     assert vars(parse(script, again)) == began | {"resume": f"{tmp_path}/run"}
 
 
+@EVERY_SCRIPT
 def test_evaluate_may_change_episodes_and_environment_but_not_the_agent(script):
     args = parse(script, f"--evaluate {script} --eval-episodes 9 --seed 4 --eval-envs 3")
     assert (args.eval_episodes, args.seed, args.eval_envs, args.deter) == (9, 4, 3, 16)
@@ -300,8 +310,9 @@ def test_evaluate_may_change_episodes_and_environment_but_not_the_agent(script):
     args = parse(script, [f"--evaluate={script}", *other, "--sticky-prob", "0.5"])
     assert (args.env_id, args.env_kwargs, args.time_limit) == ("Pendulum-v1", '{"g": 5}', 9)
     assert (args.sticky_prob, args.deter) == (0.5, 16)
-    with pytest.raises(runtime.UserError, match="--model-lr cannot change"):
-        parse(script, f"--evaluate {script} --model-lr 0.8")
+    rate = "--lr" if script == "dreamerv3.py" else "--model-lr"
+    with pytest.raises(runtime.UserError, match=f"{rate} cannot change"):
+        parse(script, f"--evaluate {script} {rate} 0.8")
 
 
 def others(hint, value):

@@ -31,7 +31,8 @@ STATISTICS = ("mean", "std", "logit")  # of the latents
 CASES = {
     "dreamerv1": "--env-id Pendulum-v1 --time-limit 30 --prefill 100 --pretrain 2",
     "dreamerv2": "--env-id CartPole-v1 --prefill 100 --pretrain 2",
-    "dreamerv3": "--env-id CartPole-v1 --train-ratio 8 --blocks 2 --classes 4",
+    "dreamerv3": """--env-id Pendulum-v1 --time-limit 30 --train-ratio 8 --blocks 2 --classes 4
+        --lr 3e-3""",
 }
 
 
@@ -470,8 +471,9 @@ def test_a_perfect_dream_of_vectors_is_drawn_over_what_happened(run, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_run_from_pixels_gets_pictures_of_its_dreams(tmp_path):
-    run = train("dreamerv2", f"{TINY} --env-id CartPole-v1 --pixels", tmp_path)
+@pytest.mark.parametrize("script", ["dreamerv2", "dreamerv3"])
+def test_a_run_from_pixels_gets_pictures_of_its_dreams(script, tmp_path):
+    run = train(script, f"{TINY} {CASES[script]} --env-id CartPole-v1 --pixels", tmp_path)
     inspect(run, "--episodes", 2, "--horizon", 8)
     assert "data:image/gif;base64," in (run / "report.html").read_text()
     assert "image" in json.loads((run / "report.json").read_text())["fresh"]

@@ -154,7 +154,7 @@ def test_the_value_of_a_constant_reward_goes_on_past_the_time_limit(
     assert distance(play.value, value, play.judged) < 0.3
 
 
-@probe(("v1 v2", "", 400), ("v2", "Pixels", 400))
+@probe(("v1 v2 v3", "", 400), ("v2", "Pixels", 400))
 def test_a_reward_that_the_observation_predicted_is_remembered_and_valued(
     tmp_path, command, kind, updates
 ):
