@@ -15,9 +15,8 @@ def test_a_script_that_learns_passes(script, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["dreamerv2.py", "dreamerv3.py"])
-def test_a_script_whose_actor_has_a_loss_of_the_wrong_sign_fails(script, tmp_path, capfd):
-    text = (ROOT / script).read_text()
+def test_a_script_whose_actor_has_a_loss_of_the_wrong_sign_fails(tmp_path, capfd):
+    text = (ROOT / "dreamerv2.py").read_text()
     assert text.count("actor_loss = -(") == 1
     (tmp_path / "mine.py").write_text(text.replace("actor_loss = -(", "actor_loss = ("))
     for name in ("common.py", "runtime.py"):
