@@ -37,7 +37,7 @@ def test_one_process_communicates_with_nobody():
 
 
 @pytest.mark.parametrize(("world", "nodes", "command"), [
-    (1, 1, "python"), (2, 1, "torchrun --nproc-per-node 2"),
+    (1, 1, Path(sys.executable).name), (2, 1, "torchrun --nproc-per-node 2"),
     (6, 3, "torchrun --nnodes 3 --rdzv-endpoint HOST:PORT --nproc-per-node 2"),
 ])  # fmt: skip
 def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, world, nodes, command):
