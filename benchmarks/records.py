@@ -234,14 +234,12 @@ def command(script, args):
     module = load_script(script)
     chosen = import_module("common").choose_preset(SimpleNamespace(**args))
     default = SimpleNamespace(**asdict(module.Args()) | module.PRESETS[chosen])
-    precision = default.precision  # of a run's args the only one that is kept as given
-    size = getattr(default, "size", None)  # of V3: where the run has another, its widths follow
-    if size:
+    # A run's args keep the precision as given, and V3's widths beside the size that they follow.
+    preset = {k: v for k, v in vars(default).items() if k in ("precision", "size")}
+    if "size" in preset:
         default.size = args["size"]
     module.resolve_auto(default, torch.device("cpu"), args["actor_dist"] == "onehot")
-    default = vars(default) | {k: args[k] for k in ("env_id", "seed")} | {"precision": precision}
-    if size:
-        default["size"] = size
+    default = vars(default) | {k: args[k] for k in ("env_id", "seed")} | preset
     own = script.resolve().is_relative_to(ROOT)
     name = script.resolve().relative_to(ROOT) if own else script.name
     words = [f"python {name} --env-id {args['env_id']}"]

@@ -27,6 +27,7 @@ from helpers.processes import started, wait_until
 
 import common
 import dreamerv2
+import dreamerv3
 import runtime
 
 ROOT = Path(__file__).parent.parent
@@ -566,6 +567,15 @@ def test_the_command_of_a_card_has_what_differs_from_the_presets_of_its_own_scri
     args |= {"env_kwargs": '{"g": 5}', "actor_grad": "both"}
     words = shlex.split(records.command(mine, args))
     assert words == [*expected.split(), "--env-kwargs", '{"g": 5}', "--actor-grad", "both"]
+
+
+def test_the_command_of_a_card_has_the_size_and_not_the_widths_that_follow_from_it():
+    line = ["--env-id", "CartPole-v1", "--size", "1m", "--units", "32"]
+    args = runtime.parse_args(dreamerv3.Args, dreamerv3.PRESETS, common.choose_preset, line)
+    dreamerv3.resolve_auto(args, torch.device("cpu"), discrete=True)
+    args = vars(args) | {"precision": "auto"}  # kept as given
+    said = records.command(records.ROOT / "dreamerv3.py", args).split()
+    assert sorted(said) == sorted(["python", "dreamerv3.py", *line])
 
 
 def test_the_commit_of_a_script_has_a_plus_unless_it_is_as_committed(mine):
