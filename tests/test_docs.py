@@ -656,14 +656,16 @@ def mixed_steps(rows, seed):
 
 
 @pytest.mark.slow
-def test_a_policy_is_learned_from_random_and_mixed_steps(tmp_path, monkeypatch, capsys):
+def test_a_policy_is_learned_from_random_and_mixed_steps(tmp_path, monkeypatch):
     assert len([line for line in FROM_DATA.splitlines() if line]) <= 40
     monkeypatch.chdir(tmp_path)
     assert mixed_steps(4000, seed=1) < 150  # the mean length of an episode
-    program(FROM_DATA.replace("range(3000)", "range(1000)"), Path("dreamerv2"))
-    returns = [float(line) for line in capsys.readouterr().out.split()]
-    assert len(returns) == 2
-    assert max(returns) >= 200, returns
+    code = FROM_DATA.replace("range(3000)", "range(1000)")
+    last = "        torch.save"
+    assert last in code
+    code = code.replace(last, f"        if returns.mean() >= 200:\n            break\n{last}")
+    returns = program(code, Path("dreamerv2"))["returns"]
+    assert returns.mean() >= 200
 
 
 @pytest.mark.parametrize("script", ANY)

@@ -518,6 +518,7 @@ def die_growing(folder, state, moment, survived):
 every_moment = pytest.mark.parametrize("moment", ["before", "amid", "after"])
 
 
+@pytest.mark.slow
 @every_moment
 @pytest.mark.parametrize("capacity", [40, 80, 100])
 def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, moment, capacity):
@@ -542,6 +543,7 @@ def test_a_kill_in_the_middle_of_growth_loses_nothing(tmp_path, moment, capacity
         check_rows(again, range(110 - size, 110), size)
 
 
+@pytest.mark.slow
 @every_moment
 def test_growth_that_is_killed_again_and_again_loses_nothing(tmp_path, moment):
     state = filled(tmp_path / "locked", 40, 40).state_dict()
