@@ -376,7 +376,7 @@ def test_the_tables_of_results_are_those_of_the_curves():
 def test_every_plot_that_is_shown_is_drawn_and_committed(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "save", lambda figure, path: path.touch())  # another test draws
     tasks = list(plot.pinned(records.CURVES))
-    plot.main(["--out", str(tmp_path), "--curves", str(records.CURVES)])
+    plot.write_plots(tasks, tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn >= {f"{task['name']}.png" for task in tasks} | {"overview.png"}
     shown = {line.split("plots/")[1][:-1] for line in plot.report(tasks).splitlines()

@@ -24,7 +24,8 @@ TINY += " --video-every 150"
 
 
 @pytest.mark.parametrize("flags", [
-    "--env-id CartPole-v1", "--env-id Pendulum-v1", "--env-id CartPole-v1 --num-envs 3",
+    "--env-id CartPole-v1", "--env-id Pendulum-v1 --time-limit 60",
+    "--env-id CartPole-v1 --num-envs 3",
     pytest.param("--env-id CartPole-v1 --pixels", marks=pytest.mark.slow),
     pytest.param("--env-id Pendulum-v1 --precision bfloat16", marks=pytest.mark.slow),
     pytest.param("--env-id CartPole-v1 --observation both --async-envs --num-envs 2",
@@ -86,7 +87,7 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
 
 
 def test_an_agent_is_evaluated_with_samples_or_the_mode(place, capsys):
-    folder = play(SCRIPT, f"{TINY} --env-id Pendulum-v1")
+    folder = play(SCRIPT, f"{TINY} --env-id Pendulum-v1 --time-limit 60")
     results = []
     for flags in ("", "--no-eval-sample"):
         capsys.readouterr()

@@ -251,8 +251,7 @@ FAILURES = ["entry", "inside", "exit"]
 SAID = "this GPU cannot record, the run goes on step by step: RuntimeError: operation not permitted"
 recorded_or_not = pytest.mark.parametrize(
     ("kind", "fails"),
-    [(kind, None) for kind in KINDS]
-    + [(kind, f) for kind in ("v1", "v2", "v2_continuous") for f in FAILURES],
+    [(kind, None) for kind in KINDS] + [("v2", fails) for fails in FAILURES],
 )
 
 
@@ -390,7 +389,7 @@ def test_a_run_has_the_same_numbers_recorded_or_not_or_if_that_fails(
     assert plain[-1]["updates"] >= 10
     monkeypatch.setattr(runtime, "Captured", RecordedAnywhere)
     capsys.readouterr()
-    for fails in (None, *FAILURES):
+    for fails in (None, "inside"):
         monkeypatch.setattr(RecordedAnywhere, "fails", fails)
         assert run_here(script, "", tmp_path / str(fails)) == plain
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(SAID)]
@@ -662,8 +661,7 @@ def test_environments_in_processes_act_while_the_agent_learns(script, monkeypatc
     # All of them, unless a busy machine takes longer for some than the step does.
     assert overlaps(steps, updates) > len(updates) / 2 >= 5
     # What is learned from what is a matter of the schedule, not of the clock.
-    again, _, _ = timed_run(script, "--async-envs", tmp_path / "again", monkeypatch)
-    assert plain == at_once == again
+    assert plain == at_once
 
 
 # On a GPU

@@ -173,10 +173,7 @@ def test_an_environment_that_fails_is_named_and_nothing_else_is_lost(script, pla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "how"),
-    [("dreamerv1.py", "raise"), ("dreamerv2.py", "die"), ("dreamerv3.py", "die")],
-)
+@pytest.mark.parametrize(("script", "how"), [("dreamerv1.py", "raise"), ("dreamerv2.py", "die")])
 def test_an_environment_in_a_process_that_fails_is_named_and_nothing_else_is_lost(
     script, how, tmp_path
 ):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from helpers.command_lines import bounded, outcome, refuse, small_args, the_line, write_args
-from helpers.runs import EVERY_SCRIPT, SCRIPTS, module_of, parse
+from helpers.runs import EVERY_SCRIPT, ONE_SCRIPT, SCRIPTS, module_of, parse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,6 +198,7 @@ def is_number(text):
 NO_NUMBERS = ["", "many", "1,5", "1 2", "0x10", "--1", "1e", "٣ x", "[/b]", "True", "1.0.0"]
 
 
+@ONE_SCRIPT
 @given(st.data())
 @bounded(1)
 def test_text_is_refused_for_every_number_by_the_name_of_the_flag(script, data):
@@ -209,6 +210,7 @@ def test_text_is_refused_for_every_number_by_the_name_of_the_flag(script, data):
         assert flag_of(name) in refuse_flags(script, flag_of(name), text)
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize("value", ["1e6", "16.0", "-h", "-", "-1e3"])
 def test_what_is_no_whole_number_is_refused(script, value):
     for name in ("total_frames", "deter"):
@@ -216,6 +218,7 @@ def test_what_is_no_whole_number_is_refused(script, value):
 
 
 # Words
+@ONE_SCRIPT
 @given(st.data())
 @bounded(2)
 def test_a_word_that_is_no_choice_is_named_with_the_choices(script, data):
@@ -229,6 +232,7 @@ def test_a_word_that_is_no_choice_is_named_with_the_choices(script, data):
         assert all(f"'{choice}'" in said for choice in ("".join(word.split()), *choices))
 
 
+@ONE_SCRIPT
 @given(st.text(string.ascii_letters + string.digits, min_size=2), st.booleans(), st.booleans())
 @bounded(12)
 def test_an_unknown_flag_is_named(script, name, first, valued):
@@ -251,12 +255,14 @@ def test_a_flag_that_only_another_version_has_is_named(script, flags):
     assert flags.split()[0] in refuse_flags(script, *flags.split())
 
 
+@ONE_SCRIPT
 def test_every_flag_but_a_switch_needs_a_value(script):
     for name in hints(script):
         if name not in names_of(script, bool):
             assert flag_of(name) in refuse_flags(script, flag_of(name))
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize("flags", [
     "extra", "''", "-x", "-", "--env CartPole-v1", "--no-deter", "--no-env-id", "--deter 16 32",
     "--cuda yes", "--track True", "--tyro-print-completion", "@flags.txt",
@@ -327,7 +333,7 @@ def others(hint, value):
     return good[bare(hint)].filter(lambda other: other != value)
 
 
-@EVERY_SCRIPT
+@ONE_SCRIPT
 @given(st.data())
 @bounded(1)
 def test_all_that_is_learned_and_how_is_fixed_in_a_run_that_exists(script, data):
@@ -346,6 +352,7 @@ def test_all_that_is_learned_and_how_is_fixed_in_a_run_that_exists(script, data)
 
 
 # args.yaml
+@ONE_SCRIPT
 def test_a_missing_arg_is_a_user_error_that_names_it(script, tmp_path):
     for name in small_args(script):
         write_args(tmp_path, {k: v for k, v in small_args(script).items() if k != name})

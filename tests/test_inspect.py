@@ -507,4 +507,3 @@ def test_the_verdict_names_the_faults_of_bad_models(tmp_path):
     weight = run.model.reward.out.weight
     weight.data = weight.data[:, torch.randperm(weight.shape[1])]
     assert "The reward head fails even where the model sees" in verdict()
-    assert "trains on fantasy; it is 50" in verdict(50)

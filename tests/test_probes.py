@@ -205,13 +205,10 @@ def test_an_action_that_costs_now_and_pays_later_is_learnt(tmp_path, command, ki
         assert distance(play.value, GAMMA * (-0.3 + GAMMA), play.first) < 0.2
 
 
-# An action's slope says nothing of the step into a sure end, so on pixels some seeds of DreamerV1
-# keep to it unless they learn by reinforce.
 @probe(
     ("v2", "", 400),
     ("v1", "", 400),
     ("v1 v2", "Continuous", 400),
-    ("reinforce", "Pixels", 400),
     ("v3", "", 400),
     quick=1,
 )

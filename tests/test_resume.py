@@ -29,14 +29,16 @@ def in_folder(name, monkeypatch, tmp_path):
 
 
 STOPS = [
-    ("MountainCar-v0", "update"),
-    ("Pendulum-v1", "receive"),
-    pytest.param("MountainCar-v0 --pixels", "update", marks=pytest.mark.slow),
-    pytest.param("Pendulum-v1 --pixels", "receive", marks=pytest.mark.slow),
+    ("dreamerv1.py", "MountainCar-v0", "update"),
+    ("dreamerv1.py", "Pendulum-v1", "receive"),
+    ("dreamerv2.py", "MountainCar-v0", "update"),
+    ("dreamerv2.py", "Pendulum-v1", "receive"),
+    pytest.param("dreamerv1.py", "MountainCar-v0 --pixels", "update", marks=pytest.mark.slow),
+    pytest.param("dreamerv2.py", "Pendulum-v1 --pixels", "receive", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("kind", "where"), STOPS)
+@pytest.mark.parametrize(("script", "kind", "where"), STOPS)
 def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
     script, kind, where, tmp_path, monkeypatch
 ):
@@ -69,8 +71,9 @@ def test_a_run_that_is_stopped_and_resumed_has_the_metrics_of_one_that_was_not(
     assert without_clock(metrics(folder)) == without_clock(whole)  # to the last bit
 
 
-@pytest.mark.parametrize("step", [120, 134])
-@EVERY_SCRIPT
+@pytest.mark.parametrize(
+    ("script", "step"), [("dreamerv1.py", 120), ("dreamerv2.py", 134), ("dreamerv3.py", 134)]
+)
 def test_environments_that_a_stop_breaks_off_are_truncated_and_nothing_else_changes(
     script, step, tmp_path, monkeypatch
 ):

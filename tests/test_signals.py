@@ -13,8 +13,8 @@ import pytest
 from helpers.envs import env_args, reset_rows, step
 from helpers.processes import ROOT, finish, has_logged, start, wait_until
 from helpers.runs import (
-    EVERY_SCRIPT, UNCLOSED, checkpoint, counters, metrics, module_of, play, signal_after,
-    the_run, tiny, values,
+    EVERY_SCRIPT, ONE_SCRIPT, UNCLOSED, checkpoint, counters, metrics, module_of, play,
+    signal_after, the_run, tiny, values,
 )  # fmt: skip
 from helpers.users import Endless, register
 
@@ -93,8 +93,10 @@ def test_what_an_environment_in_a_process_starts_can_be_interrupted():
 
 
 # A run
-@EVERY_SCRIPT
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("script", "number", "code"), [
+    ("dreamerv1.py", signal.SIGTERM, 143), ("dreamerv2.py", signal.SIGTERM, 143),
+    ("dreamerv3.py", signal.SIGTERM, 143), ("dreamerv2.py", signal.SIGINT, 130),
+])  # fmt: skip
 def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
     script, place, capsys, no_estimate, number, code
 ):
@@ -109,7 +111,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-@EVERY_SCRIPT
+@ONE_SCRIPT
 def test_ctrl_c_in_a_terminal_lets_processes_of_environments_finish(script, tmp_path):
     flags = f"{tiny(script)} {LONG} --num-envs 2 --async-envs"
     process = start(script, flags, tmp_path, start_new_session=True)

@@ -265,7 +265,8 @@ def test_each_process_draws_noise_of_its_own_and_still_has_the_networks_of_the_o
     (tmp_path / "job.py").write_text(text)
     folder = tmp_path / "runs" / "x"
     flags = f"{FLAGS[script]} --env-id Clock-v0 --batch-size 16 --resume runs/x"
-    for total in (200, 300):  # the second job goes on with the first one's run
+    # The second job goes on with the first one's run, by code that the scripts share.
+    for total in (200, 300) if script == "dreamerv2.py" else (200,):
         finish(torchrun("job.py", 2, f"{flags} --total-frames {total}", root=tmp_path))
         one, other = (np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1))
         assert len(one["windows"]) == len(other["windows"]) >= 5

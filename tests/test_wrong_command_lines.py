@@ -17,7 +17,7 @@ import gymnasium as gym
 import pytest
 from helpers.command_lines import bounded, refuse, small_args, the_line, write_args
 from helpers.processes import finish, start
-from helpers.runs import SCRIPTS, TINY, TINY_V3
+from helpers.runs import ONE_SCRIPT, SCRIPTS, TINY, TINY_V3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -388,6 +388,7 @@ def test_any_text_is_no_id_and_is_named(namespace, text):
 
 
 # As processes
+@ONE_SCRIPT
 def test_the_script_itself_exits_with_code_2_and_one_line(script, tmp_path):
     done = finish(start(script, "--env-id CartPol-v1", tmp_path), code=2)
     assert done.out == ""

@@ -19,10 +19,8 @@ import runtime
 SCRIPTS = ["dreamerv1.py", "dreamerv2.py"]
 # For what each does in code of its own, as the turn of acting, learning and reporting.
 EVERY_SCRIPT = pytest.mark.parametrize("script", [*SCRIPTS, "dreamerv3.py"])
-# For what both do in shared code: one shows it, and the other one among the slow tests.
-ONE_SCRIPT = pytest.mark.parametrize(
-    "script", [pytest.param("dreamerv1.py", marks=pytest.mark.slow), "dreamerv2.py"]
-)
+# For what all do in shared code: one shows it.
+ONE_SCRIPT = pytest.mark.parametrize("script", ["dreamerv2.py"], scope="module")
 UNCLOSED = pytest.mark.filterwarnings(  # a process that ends closes its files by itself
     "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
