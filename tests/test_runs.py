@@ -240,7 +240,8 @@ def test_dreamerv2_copies_the_critic_at_update_0_and_every_slow_update_only(plac
 
 
 # Kinds of environments
-V1, V2 = "dreamerv1.py", "dreamerv2.py"
+V1 = "dreamerv1.py"
+V2 = "dreamerv2.py"
 SETTINGS = [
     (V1, "--env-id CartPole-v1 --pixels"),
     (V2, "--env-id dm_control/cartpole-swingup-v0 --observation vector --total-frames 600"),
